@@ -1,0 +1,86 @@
+# Two commands do everything: `make book` and `make test`. `make` alone lists the rest.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PORT ?= 8000
+PIP_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+VENDORED := $(VENV)/.vendored
+HTML := _build/html/index.html
+CHAPTERS = $(wildcard book/*.ipynb)
+# What the chapters compute from, besides their own code.
+INPUTS = $(sort $(wildcard ddpm_lib/*.py ddpm_lib/data/* ddpm_lib/models/*)) constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help book serve test unit chapters browser lint format notebooks mutants colab wheel digits address hooks clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[book,test,train]"
+	@touch $@
+
+$(VENDORED): tools/vendor.py | $(INSTALLED)
+	$(BIN)/python tools/vendor.py
+	@touch $@
+
+book: $(INSTALLED) $(VENDORED) ## run every chapter and build the book in _build/html
+	@mkdir -p _build
+	@echo $(INPUTS) | cat - $(INPUTS) | cksum > _build/.inputs.new
+	@cmp -s _build/.inputs.new _build/.inputs || rm -rf _build/.jupyter_cache
+	@mv _build/.inputs.new _build/.inputs
+	$(BIN)/jupyter-book build . --all --warningiserror --nitpick --keep-going
+	@echo "The book is built. Open $(CURDIR)/$(HTML), or run: make serve"
+
+serve: ## show the built book at http://localhost:8000 (PORT=... for another port)
+	@test -f $(HTML) || { echo "There is no book in _build/html yet: run make book first."; exit 1; }
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
+
+test: lint unit chapters ## lint, test the package, and compare every chapter with its stored outputs
+
+unit: $(INSTALLED)
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope -m "not browser" tests
+
+chapters: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadscope -W default \
+	    --nbval --nbval-current-env --nbval-cell-timeout 600 $(CHAPTERS)
+
+browser: $(INSTALLED) ## test the built book in a headless Chromium
+	$(BIN)/python -m pytest -q -m browser tests/browser
+
+lint: $(INSTALLED) ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## mend style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebooks: $(INSTALLED) ## run every chapter in place and store its text outputs
+	$(BIN)/python -m tools.run_notebooks $(CHAPTERS)
+
+mutants: $(INSTALLED) ## plant mistakes in copies of ddpm_lib: the tests must notice each
+	$(BIN)/python -m tests.mutants
+
+colab: $(INSTALLED) ## run every chapter as Colab does: alone in a folder, torch already there
+	$(BIN)/python -m tools.colab $(CHAPTERS)
+
+wheel: $(INSTALLED) ## build the wheel of ddpm_lib, data and models included, in dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+digits: $(INSTALLED) ## train the shipped digits model again
+	$(BIN)/python -m recipes.digits
+
+address: $(INSTALLED) ## carry the public address everywhere: make address REPOSITORY=owner/name
+	$(BIN)/python -m tools.address $(REPOSITORY)
+
+hooks: ## clean notebooks at every git commit
+	ln -sf ../../tools/pre-commit .git/hooks/pre-commit
+
+clean: ## remove the built book and the caches, keep the environment
+	rm -rf _build build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
