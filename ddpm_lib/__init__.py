@@ -1,0 +1,44 @@
+"""Denoising diffusion probabilistic models: a schedule, a denoiser, a sampler, and what a book about them needs."""
+
+from . import plots
+from .checkpoint import CheckpointError, load_denoiser, pretrained, save_denoiser
+from .classifier import DigitClassifier, digit_classifier
+from .data import digits, spiral
+from .loss import simple_loss
+from .metrics import frechet_distance
+from .prediction import Denoiser, Prediction
+from .sampling import SampleStep, sample, sample_steps, step, timesteps, transition
+from .schedule import Schedule
+from .training import Trainer, TrainStep, best_device
+from .unet import UNet
+from .worlds import Gaussian, GaussianMixture
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointError",
+    "Denoiser",
+    "DigitClassifier",
+    "Gaussian",
+    "GaussianMixture",
+    "Prediction",
+    "SampleStep",
+    "Schedule",
+    "TrainStep",
+    "Trainer",
+    "UNet",
+    "best_device",
+    "digit_classifier",
+    "digits",
+    "frechet_distance",
+    "load_denoiser",
+    "plots",
+    "pretrained",
+    "sample",
+    "sample_steps",
+    "save_denoiser",
+    "simple_loss",
+    "spiral",
+    "step",
+    "timesteps",
+    "transition",
+]

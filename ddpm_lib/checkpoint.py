@@ -1,0 +1,143 @@
+"""Models on disk: safetensors, with the configuration and a checksum in the same file. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from .prediction import Denoiser
+from .schedule import Schedule
+from .unet import UNet
+
+FORMAT = "ddpm_lib 1"
+
+
+class CheckpointError(ValueError):
+    """A file that is not a whole checkpoint, or not one that fits."""
+
+
+def write_checkpoint(path: str | Path, kind: str, config: dict, tensors: dict[str, Tensor]) -> None:
+    """Write tensors and their configuration to one file: whole under its final name, or not at all.
+
+    The file is written beside its destination, flushed to disk and renamed, so that a reader or a killed process
+    never sees half of it.
+    """
+    path = Path(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"format": FORMAT, "kind": kind, "config": json.dumps(config, sort_keys=True)}
+    header["sha256"] = _digest(header, tensors)
+    data = to_bytes(tensors, header)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_checkpoint(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
+    """Configuration and tensors of a file that ``write_checkpoint`` wrote.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint, of another kind, or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}): damaged or cut short?") from error
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this library: format {header.get('format')!r}.")
+    if header.get("sha256") != _digest(header, tensors):
+        raise CheckpointError(f"{path} is damaged: its contents do not match their checksum. Take another copy.")
+    if header["kind"] != kind:
+        raise CheckpointError(f"{path} holds a {header['kind']!r} checkpoint; a {kind!r} one is needed here.")
+    return json.loads(header["config"]), tensors
+
+
+def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(f"{header.get('kind')}\n{header.get('config')}".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fit_state(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Load tensors into a module that must have exactly these names and shapes."""
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if expected != found:
+        different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+        name = different[0]
+        raise CheckpointError(
+            f"{where} does not fit the model: {len(different)} tensors differ, the first is {name!r} with shape "
+            f"{found.get(name, 'missing')} in the file and {expected.get(name, 'missing')} in the model."
+        )
+    module.load_state_dict(tensors)
+
+
+def denoiser_config(denoiser: Denoiser) -> dict:
+    """What ``load_denoiser`` needs to build the denoiser again."""
+    if not isinstance(denoiser.network, UNet):
+        raise ValueError(f"only denoisers with a UNet can be saved; this one has a {type(denoiser.network).__name__}.")
+    return {
+        "network": denoiser.network.config,
+        "schedule": denoiser.schedule.config,
+        "predicts": denoiser.predicts,
+    }
+
+
+def save_denoiser(denoiser: Denoiser, path: str | Path) -> None:
+    """Write network weights, schedule and configuration to one safetensors file."""
+    write_checkpoint(path, "denoiser", denoiser_config(denoiser), denoiser.network.state_dict())
+
+
+def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
+    """The denoiser that ``save_denoiser`` wrote, in evaluation mode."""
+    config, tensors = read_checkpoint(path, "denoiser")
+    try:
+        network = UNet(**config["network"])
+        denoiser = Denoiser(network, Schedule.from_config(config["schedule"]), config["predicts"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"the configuration in {path} does not describe a denoiser: {error}.") from error
+    fit_state(network, tensors, str(path))
+    return denoiser.to(device).eval()
+
+
+def shipped(name: str) -> Path:
+    """Path of a file that the package ships in ``ddpm_lib/models``.
+
+    Raises:
+        ValueError: no such model; the message lists those there are.
+    """
+    folder = Path(str(resources.files(__package__) / "models"))
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        names = sorted(file.stem for file in folder.glob("*.safetensors"))
+        raise ValueError(f"the package ships no model {name!r}; it ships {', '.join(names) or 'none'}.")
+    return path
+
+
+def pretrained(name: str = "digits", device: str | torch.device = "cpu") -> Denoiser:
+    """A denoiser that the package ships; its model card lies beside it in ``ddpm_lib/models``."""
+    return load_denoiser(shipped(name), device)

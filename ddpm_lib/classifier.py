@@ -1,0 +1,44 @@
+"""A small classifier of the digits, used only to judge samples: it reads their label and gives their features."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checkpoint import fit_state, read_checkpoint, shipped
+
+
+class DigitClassifier(nn.Module):
+    """Three convolutions and two linear layers on 8 x 8 images in [-1, 1]."""
+
+    def __init__(self, width: int = 32, features: int = 64):
+        super().__init__()
+        self.config = {"width": width, "features": features}
+        self.conv_1 = nn.Conv2d(1, width, 3, padding=1)
+        self.conv_2 = nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.conv_3 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.dropout = nn.Dropout(0.3)
+        self.linear = nn.Linear(2 * width * 4, features)
+        self.head = nn.Linear(features, 10)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, 64), in which Frechet distances are measured, of images (B, 1, 8, 8)."""
+        if images.shape[1:] != (1, 8, 8):
+            raise ValueError(f"the digit classifier reads images of shape (B, 1, 8, 8); got {tuple(images.shape)}.")
+        h = F.relu(self.conv_1(images))
+        h = F.max_pool2d(F.relu(self.conv_2(h)), 2)
+        h = F.max_pool2d(F.relu(self.conv_3(h)), 2)
+        return F.relu(self.linear(self.dropout(h.flatten(1))))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, 10)."""
+        return self.head(self.features(images))
+
+
+def digit_classifier() -> DigitClassifier:
+    """The trained classifier that the package ships, in evaluation mode, with frozen weights."""
+    path = shipped("digits-classifier")
+    config, tensors = read_checkpoint(path, "classifier")
+    model = DigitClassifier(**config)
+    fit_state(model, tensors, str(path))
+    return model.eval().requires_grad_(False)

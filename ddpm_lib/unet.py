@@ -1,0 +1,285 @@
+"""The U-Net of the paper, configurable from a lecture's model to the 35.7M and 114M of the paper.
+
+Source: Ho, Jain, Abbeel (2020), appendix B, and their released code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .schedule import _positive_int
+
+EPS = 1e-6  # of every GroupNorm in the paper's code
+
+
+class UNet(nn.Module):
+    """Maps a noisy image and its step to an image of the same shape.
+
+    The defaults are the paper's CIFAR-10 model: 35,746,307 parameters.
+
+    Args:
+        image_size: side of the square training images; it only fixes where ``attention_resolutions`` lie. Other sizes
+            work as long as every level can halve them.
+        in_channels: of image and output.
+        base_channels: channels of the first level, a multiple of ``groups``.
+        channel_multipliers: channels of each level over base_channels; each level but the last halves the image.
+        blocks_per_level: residual blocks on the way down; there is one more on the way up.
+        attention_resolutions: sides of the feature maps that get self-attention.
+        dropout: in the residual blocks.
+        groups: of every group normalisation.
+        classes: number of classes for a class-conditional network; None for an unconditional one.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 32,
+        in_channels: int = 3,
+        base_channels: int = 128,
+        channel_multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks_per_level: int = 2,
+        attention_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.1,
+        groups: int = 32,
+        classes: int | None = None,
+    ):
+        super().__init__()
+        for name, value in (("image_size", image_size), ("in_channels", in_channels), ("base_channels", base_channels)):
+            _positive_int(name, value)
+        _positive_int("blocks_per_level", blocks_per_level)
+        self.config = {
+            "image_size": image_size,
+            "in_channels": in_channels,
+            "base_channels": base_channels,
+            "channel_multipliers": list(channel_multipliers),
+            "blocks_per_level": blocks_per_level,
+            "attention_resolutions": list(attention_resolutions),
+            "dropout": dropout,
+            "groups": groups,
+            "classes": classes,
+        }
+        if not channel_multipliers or any(m < 1 for m in channel_multipliers):
+            raise ValueError(f"channel_multipliers must be one or more whole numbers >= 1; got {channel_multipliers}.")
+        if base_channels % groups or base_channels % 2:
+            raise ValueError(
+                f"base_channels must be even and a multiple of groups = {groups}; got {base_channels}. "
+                "Choose fewer groups or more channels."
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1); got {dropout}.")
+        if classes is not None:
+            _positive_int("classes", classes)
+        self.halvings = len(channel_multipliers) - 1
+        self._check_size(image_size, image_size)
+        sizes = [image_size >> level for level in range(len(channel_multipliers))]
+        if unknown := set(attention_resolutions) - set(sizes):
+            raise ValueError(f"attention_resolutions must be among the feature map sizes {sizes}; got {sorted(unknown)}.")
+
+        channels = [base_channels * m for m in channel_multipliers]
+        embedding = 4 * base_channels
+        self.time = TimeEmbedding(base_channels, embedding)
+        self.label = None if classes is None else nn.Embedding(classes + 1, embedding)
+        self.stem = conv3x3(in_channels, base_channels)
+
+        def stage(width_in: int, width: int, size: int) -> Stage:
+            return Stage(width_in, width, embedding, dropout, groups, attend=size in attention_resolutions)
+
+        skips, width = [base_channels], base_channels
+        self.down = nn.ModuleList()
+        for level, (size, out) in enumerate(zip(sizes, channels)):
+            for _ in range(blocks_per_level):
+                self.down.append(stage(width, out, size))
+                width = out
+                skips.append(width)
+            if level < self.halvings:
+                self.down.append(Downsample(width))
+                skips.append(width)
+
+        self.middle = nn.ModuleList(
+            [
+                Stage(width, width, embedding, dropout, groups, attend=True),
+                Stage(width, width, embedding, dropout, groups, attend=False),
+            ]
+        )
+
+        self.up = nn.ModuleList()
+        for level, (size, out) in reversed(list(enumerate(zip(sizes, channels)))):
+            for _ in range(blocks_per_level + 1):
+                self.up.append(stage(width + skips.pop(), out, size))
+                width = out
+            if level > 0:
+                self.up.append(Upsample(width))
+
+        self.norm = nn.GroupNorm(groups, width, eps=EPS)
+        self.head = conv3x3(width, in_channels, near_zero=True)
+
+    def forward(self, x: Tensor, steps: Tensor, label: Tensor | None = None) -> Tensor:
+        """Output of the shape of x.
+
+        Args:
+            x: images, (B, in_channels, H, W), H and W divisible by 2 ** (levels - 1).
+            steps: (B,), counted from 0 (the Denoiser passes t - 1).
+            label: (B,) whole numbers in 0..classes; the value ``classes`` stands for "no label", as does None.
+        """
+        if x.ndim != 4 or x.shape[1] != self.config["in_channels"]:
+            raise ValueError(f"x must have shape (B, {self.config['in_channels']}, H, W); got {tuple(x.shape)}.")
+        self._check_size(*x.shape[2:])
+        embedding = self.time(steps) + self._label_embedding(label, x)
+        h = self.stem(x)
+        skips = [h]
+        for part in self.down:
+            h = part(h, embedding)
+            skips.append(h)
+        for part in self.middle:
+            h = part(h, embedding)
+        for part in self.up:
+            if isinstance(part, Stage):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = part(h, embedding)
+        return self.head(F.silu(self.norm(h)))
+
+    def _label_embedding(self, label: Tensor | None, x: Tensor) -> Tensor | float:
+        if self.label is None:
+            if label is not None:
+                raise ValueError("this network has no classes: leave the label out, or build it with classes=N.")
+            return 0.0
+        classes = self.config["classes"]
+        if label is None:
+            label = torch.full((x.shape[0],), classes, device=x.device)
+        elif label.shape != x.shape[:1] or label.is_floating_point():
+            raise ValueError(
+                f"label must hold one whole number per image, shape ({x.shape[0]},); "
+                f"got {label.dtype} of shape {tuple(label.shape)}."
+            )
+        elif label.device.type == "cpu" and not 0 <= int(label.min()) <= int(label.max()) <= classes:
+            wrong = [int(c) for c in label if not 0 <= c <= classes]
+            raise ValueError(f"labels must lie in 0..{classes} ({classes} for no label); got {wrong[0]}.")
+        return self.label(label)
+
+    def _check_size(self, height: int, width: int) -> None:
+        factor = 2**self.halvings
+        if height % factor or width % factor:
+            raise ValueError(
+                f"a U-Net of {self.halvings + 1} levels halves the image {self.halvings} times, so its sides must be "
+                f"multiples of {factor}; got {height} x {width}. Pad the images or use fewer channel_multipliers."
+            )
+
+
+class TimeEmbedding(nn.Module):
+    """Sines, then cosines, of the step at frequencies from 1 down to 1/10,000; then two linear layers."""
+
+    def __init__(self, channels: int, out: int):
+        super().__init__()
+        half = channels // 2
+        exponent = torch.arange(half) / max(half - 1, 1)
+        self.register_buffer("frequency", torch.exp(-math.log(10_000) * exponent), persistent=False)
+        self.linear_1 = linear(channels, out)
+        self.linear_2 = linear(out, out)
+
+    def forward(self, steps: Tensor) -> Tensor:
+        angle = steps[:, None] * self.frequency
+        waves = torch.cat([angle.sin(), angle.cos()], dim=1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+class Stage(nn.Module):
+    """A residual block, with self-attention behind it where ``attend`` says so."""
+
+    def __init__(self, width_in: int, width: int, embedding: int, dropout: float, groups: int, attend: bool):
+        super().__init__()
+        self.residual = ResidualBlock(width_in, width, embedding, dropout, groups)
+        self.attention = Attention(width, groups) if attend else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.attention(self.residual(x, embedding))
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, with the embedding added between; plus the input."""
+
+    def __init__(self, width_in: int, width: int, embedding: int, dropout: float, groups: int):
+        super().__init__()
+        self.norm_1 = nn.GroupNorm(groups, width_in, eps=EPS)
+        self.conv_1 = conv3x3(width_in, width)
+        self.embedding = linear(embedding, width)
+        self.norm_2 = nn.GroupNorm(groups, width, eps=EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = conv3x3(width, width, near_zero=True)
+        self.shortcut = conv1x1(width_in, width) if width_in != width else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = h + self.embedding(F.silu(embedding))[:, :, None, None]
+        h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
+        return self.shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention among the pixels of a feature map, with one head; plus the input."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=EPS)
+        self.query, self.key, self.value = (conv1x1(width, width) for _ in range(3))
+        self.out = conv1x1(width, width, near_zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.query, self.key, self.value))
+        return x + self.out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for q, k, v of shape (B, N, d).
+
+    PyTorch's fused kernel on an accelerator; written out on a CPU, where the fused kernel's backward pass is slower.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+    scale = q.shape[-1] ** -0.25
+    return torch.softmax((q * scale) @ (k * scale).transpose(1, 2), dim=-1) @ v
+
+
+class Downsample(nn.Module):
+    """Halves both sides by a strided convolution, padded at the right and the bottom as in the paper's code."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = initialised(nn.Conv2d(width, width, 3, stride=2))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles both sides by repeating pixels, then convolves."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = conv3x3(width, width)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def initialised(layer: nn.Module, near_zero: bool = False) -> nn.Module:
+    """Weights uniform with variance 2 / (fan_in + fan_out), or 1e-10 of it; biases zero."""
+    nn.init.xavier_uniform_(layer.weight, gain=1e-5 if near_zero else 1.0)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def linear(width_in: int, width: int) -> nn.Linear:
+    return initialised(nn.Linear(width_in, width))
+
+
+def conv1x1(width_in: int, width: int, near_zero: bool = False) -> nn.Conv2d:
+    return initialised(nn.Conv2d(width_in, width, 1), near_zero)
+
+
+def conv3x3(width_in: int, width: int, near_zero: bool = False) -> nn.Conv2d:
+    return initialised(nn.Conv2d(width_in, width, 3, padding=1), near_zero)
