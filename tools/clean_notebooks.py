@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
         if path.read_text(encoding="utf-8") != result:
             unclean += 1
             if only_check:
-                print(f"{path}: holds pictures, widget state or metadata; mend it with: python -m tools.clean_notebooks {path}")
+                print(f"{path}: not clean; mend it with: python -m tools.clean_notebooks {path}")
             else:
                 path.write_text(result, encoding="utf-8", newline="\n")
                 print(f"{path}: cleaned")

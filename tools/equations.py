@@ -64,7 +64,7 @@ def labels_in(text: str) -> list[str]:
                 continue
         if marker and not (marker[0] == "`" and "`" in info):
             is_math = info.startswith("{math}")
-            is_code = marker[0] != ":" and not info.startswith("{") or bool(LITERAL_DIRECTIVE.match(info))
+            is_code = bool(LITERAL_DIRECTIVE.match(info)) or (marker[0] != ":" and not info.startswith("{"))
             fences.append((marker, is_code, is_math))
             line = ""
         visible.append(line)

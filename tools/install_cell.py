@@ -1,6 +1,6 @@
 """The first code cell of every chapter: it installs `ddpm_lib` where it is missing, as in Colab.
 
-    python -m tools.install_cell book/*.ipynb     puts the cell first in each notebook, or renews it
+python -m tools.install_cell book/*.ipynb     puts the cell first in each notebook, or renews it
 """
 
 import sys
@@ -11,7 +11,7 @@ from nbformat import NotebookNode
 from tools.address import current
 from tools.clean_notebooks import write
 
-TEMPLATE = '''\
+TEMPLATE = """\
 # Install ddpm_lib where it is missing, as in Colab. A torch or numpy that is already there stays as it is.
 import os
 import subprocess
@@ -23,9 +23,9 @@ REPOSITORY = "https://github.com/{repository}"
 if util.find_spec("ddpm_lib") is None:
     package = os.environ.get("DDPM_LIB", f"ddpm-lib @ {{REPOSITORY}}/archive/refs/heads/main.zip")
     if "--not--set" in package:
-        raise RuntimeError("This copy of the book has no public address. Set DDPM_LIB to the wheel that make wheel built.")
+        raise RuntimeError("ddpm_lib is missing, and this copy of the book has no address: set DDPM_LIB to its wheel.")
     keep = [f"{{name}}=={{metadata.version(name)}}" for name in ("torch", "numpy") if util.find_spec(name)]
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package, *keep], check=True)'''
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package, *keep], check=True)"""
 
 
 def source() -> str:

@@ -1,6 +1,6 @@
 """Run chapters from top to bottom and store their text outputs in place.
 
-    python -m tools.run_notebooks book/forward.ipynb ...
+python -m tools.run_notebooks book/forward.ipynb ...
 """
 
 import sys
