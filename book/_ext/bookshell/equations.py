@@ -1,0 +1,34 @@
+"""What `tools/equations.py` reads from the files: the labelled equations of every page, and the tests of each."""
+
+import sys
+from functools import cache
+from types import ModuleType
+
+PAGE = "book/checks"  # the page that shows every check
+
+
+def anchor(label: str) -> str:
+    return f"check-{label}"
+
+
+@cache
+def scanner(root: str) -> ModuleType:
+    """The scanner is a script of the repository, not of an installed package: it is found beside the book."""
+    sys.path.insert(0, root)
+    try:
+        from tools import equations
+    finally:
+        sys.path.remove(root)
+    return equations
+
+
+@cache
+def checks(root: str) -> dict[str, list]:
+    """Label -> tests."""
+    return scanner(root).checks(root)
+
+
+@cache
+def labels(root: str) -> dict[str, str]:
+    """Label -> page, in the order of each page."""
+    return scanner(root).labels(root)
