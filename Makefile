@@ -7,11 +7,10 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-VENDORED := $(VENV)/.vendored
 HTML := _build/html/index.html
 CHAPTERS = $(wildcard book/*.ipynb)
 # What the chapters compute from, besides their own code.
-INPUTS = $(sort $(wildcard ddpm_lib/*.py ddpm_lib/data/* ddpm_lib/models/*)) constraints.txt
+INPUTS = $(sort $(wildcard ddpm_lib/*.py ddpm_lib/datasets/* ddpm_lib/models/*)) constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help book serve test unit chapters browser lint format notebooks mutants colab wheel digits address hooks clean
@@ -25,15 +24,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[book,test,train]"
 	@touch $@
 
-$(VENDORED): tools/vendor.py | $(INSTALLED)
-	$(BIN)/python tools/vendor.py
-	@touch $@
-
-book: $(INSTALLED) $(VENDORED) ## run every chapter and build the book in _build/html
+book: $(INSTALLED) ## run every chapter and build the book in _build/html
 	@mkdir -p _build
 	@echo $(INPUTS) | cat - $(INPUTS) | cksum > _build/.inputs.new
 	@cmp -s _build/.inputs.new _build/.inputs || rm -rf _build/.jupyter_cache
 	@mv _build/.inputs.new _build/.inputs
+	$(BIN)/python tools/vendor.py
 	$(BIN)/jupyter-book build . --all --warningiserror --nitpick --keep-going
 	@echo "The book is built. Open $(CURDIR)/$(HTML), or run: make serve"
 
@@ -79,8 +75,8 @@ digits: $(INSTALLED) ## train the shipped digits model again
 address: $(INSTALLED) ## carry the public address everywhere: make address REPOSITORY=owner/name
 	$(BIN)/python -m tools.address $(REPOSITORY)
 
-hooks: ## clean notebooks at every git commit
-	ln -sf ../../tools/pre-commit .git/hooks/pre-commit
+hooks: $(INSTALLED) ## refuse git commits of notebooks that hold pictures
+	install -D tools/pre-commit "$$(git rev-parse --git-path hooks)/pre-commit"
 
 clean: ## remove the built book and the caches, keep the environment
 	rm -rf _build build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,6 +1,8 @@
 """The first code cell of every chapter: it installs `ddpm_lib` where it is missing, as in Colab.
 
-python -m tools.install_cell book/*.ipynb     puts the cell first in each notebook, or renews it
+    python -m tools.install_cell book/*.ipynb
+
+puts the cell first in each notebook, or renews it there.
 """
 
 import sys

@@ -120,12 +120,12 @@ def figures_described(notebook: NotebookNode) -> Iterator[str]:
 
 
 def sliders_described(notebook: NotebookNode) -> Iterator[str]:
-    """A slider says what it moves, and a caption or the text directly below says what to see."""
+    """A slider says what it moves and shows, and a caption or the text directly below says what to see."""
     following = dict(pairwise(range(len(notebook.cells))))
     for i, cell in code_cells(notebook):
         for call in sliders(cell):
-            if not any(keyword.arg == "description" for keyword in call.keywords):
-                yield f"cell {i} calls slider(...) with no description="
+            for name in {"description", "alt"} - {keyword.arg for keyword in call.keywords}:
+                yield f"cell {i} calls slider(...) with no {name}="
             below = notebook.cells[following[i]] if i in following else None
             captioned = cell.metadata.get("mystnb", {}).get("figure", {}).get("caption", "").strip()
             if not captioned and (below is None or below.cell_type != "markdown"):

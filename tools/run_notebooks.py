@@ -1,6 +1,8 @@
 """Run chapters from top to bottom and store their text outputs in place.
 
-python -m tools.run_notebooks book/forward.ipynb ...
+    python -m tools.run_notebooks book/forward.ipynb ...
+
+A chapter that fails is left as it was.
 """
 
 import sys
