@@ -76,7 +76,7 @@ address: $(INSTALLED) ## carry the public address everywhere: make address REPOS
 	$(BIN)/python -m tools.address $(REPOSITORY)
 
 hooks: $(INSTALLED) ## refuse git commits of notebooks that hold pictures
-	install -D tools/pre-commit "$$(git rev-parse --git-path hooks)/pre-commit"
+	cp tools/pre-commit "$$(git rev-parse --git-path hooks)/pre-commit"
 
 clean: ## remove the built book and the caches, keep the environment
 	rm -rf _build build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
