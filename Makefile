@@ -63,10 +63,11 @@ notebooks: $(INSTALLED) ## run every chapter in place and store its text outputs
 mutants: $(INSTALLED) ## plant mistakes in copies of ddpm_lib: the tests must notice each
 	$(BIN)/python -m tests.mutants
 
-colab: $(INSTALLED) ## run every chapter as Colab does: alone in a folder, torch already there
-	$(BIN)/python -m tools.colab $(CHAPTERS)
+colab: wheel ## run every chapter as Colab does: alone in a folder, torch already there
+	$(BIN)/python -m tools.colab dist/ddpm_lib-*.whl $(CHAPTERS)
 
 wheel: $(INSTALLED) ## build the wheel of ddpm_lib, data and models included, in dist
+	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 digits: $(INSTALLED) ## train the shipped digits model again

@@ -1,9 +1,9 @@
 """Run chapters as Colab does, and see that the install cell leaves torch alone.
 
-    python -m tools.colab book/forward.ipynb ...
+    python -m tools.colab dist/ddpm_lib-0.1.0-py3-none-any.whl book/forward.ipynb ...
 
 Each notebook lies alone in an empty folder. Its Python has torch, numpy, matplotlib, ipywidgets and safetensors, as
-Colab's has, and no ddpm_lib; there is no network. The first cell must install the wheel built here and nothing else.
+Colab's has, and no ddpm_lib; there is no network. The first cell must install that wheel and nothing else.
 """
 
 import json
@@ -72,27 +72,22 @@ def environment(home: Path, binaries: Path, wheel: Path) -> dict[str, str]:
     }
 
 
-def main(paths: list[str]) -> None:
+def main(wheel: str, *chapters: str) -> None:
     with tempfile.TemporaryDirectory(prefix="colab-") as scratch:
         folder = Path(scratch)
-        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        run(*pip, "wheel", "--no-deps", "--wheel-dir", folder, ROOT)
-        (wheel,) = folder.glob("ddpm_lib-*.whl")
-        print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB", flush=True)
-
         venv.create(folder / "python", with_pip=True)
         binaries = folder / "python" / "bin"
         python = binaries / "python"
         pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
         run(*pip, "install", "-c", ROOT / "constraints.txt", *PRESENT, "ipykernel", "nbclient")
         (folder / "home").mkdir()
-        env = environment(folder / "home", binaries, wheel)
+        env = environment(folder / "home", binaries, Path(wheel).resolve())
         before = json.loads(run(python, "-c", STATE, cwd=scratch, env=env))
         assert not before["ddpm_lib"]
 
         offline = isolation()
         print(f"torch {before['torch'][0]}; no network by {'namespace' if offline else 'proxies that lead nowhere'}")
-        for path in map(Path, paths):
+        for path in map(Path, chapters):
             alone = folder / path.stem
             alone.mkdir()
             shutil.copy(path, alone)
@@ -106,4 +101,4 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])
