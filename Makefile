@@ -44,7 +44,7 @@ unit: $(INSTALLED)
 
 chapters: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadscope -W default \
-	    --nbval --nbval-current-env --nbval-cell-timeout 600 $(CHAPTERS)
+	    --nbval --nbval-current-env --nbval-cell-timeout 600 book
 
 browser: $(INSTALLED) ## test the built book in a headless Chromium
 	$(BIN)/python -m pytest -q -m browser tests/browser
