@@ -73,8 +73,8 @@ wheel: $(INSTALLED) ## build the wheel of ddpm_lib, data and models included, in
 digits: $(INSTALLED) ## train the shipped digits model again
 	$(BIN)/python -m recipes.digits
 
-address: $(INSTALLED) ## carry the public address everywhere: make address REPOSITORY=owner/name
-	$(BIN)/python -m tools.address $(REPOSITORY)
+address: ## carry the public address everywhere: make address REPOSITORY=owner/name
+	$(PYTHON) -m tools.address $(REPOSITORY)
 
 hooks: $(INSTALLED) ## refuse git commits of notebooks that hold pictures
 	cp tools/pre-commit "$$(git rev-parse --git-path hooks)/pre-commit"
