@@ -15,8 +15,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(
-            "features must have shapes (N, D) and (M, D) with N, M >= 2; "
-            f"got {tuple(a.shape)} and {tuple(b.shape)}."
+            f"features must have shapes (N, D) and (M, D) with N, M >= 2; got {tuple(a.shape)} and {tuple(b.shape)}."
         )
     a, b = a.double(), b.double()
     if not (a.isfinite().all() and b.isfinite().all()):

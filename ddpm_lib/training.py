@@ -122,7 +122,9 @@ class Trainer:
         self.denoiser = denoiser.to(self.device)
         self.ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
         self.autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=precision == "bfloat16" or (precision == "auto" and _has_bfloat16(self.device))
+            self.device.type,
+            torch.bfloat16,
+            enabled=precision == "bfloat16" or (precision == "auto" and _has_bfloat16(self.device)),
         )
         self.parameters = list(denoiser.parameters())
         self.averages = list(self.ema.parameters())

@@ -77,7 +77,9 @@ class UNet(nn.Module):
         self._check_size(image_size, image_size)
         sizes = [image_size >> level for level in range(len(channel_multipliers))]
         if unknown := set(attention_resolutions) - set(sizes):
-            raise ValueError(f"attention_resolutions must be among the feature map sizes {sizes}; got {sorted(unknown)}.")
+            raise ValueError(
+                f"attention_resolutions must be among the feature map sizes {sizes}; got {sorted(unknown)}."
+            )
 
         channels = [base_channels * m for m in channel_multipliers]
         embedding = 4 * base_channels

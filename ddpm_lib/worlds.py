@@ -37,7 +37,9 @@ class GaussianMixture:
         if covariances.shape != (K, d, d):
             raise ValueError(f"covariances must have shape ({K}, {d}, {d}) or ({K},); got {tuple(covariances.shape)}.")
         if torch.linalg.eigvalsh(covariances).min() < 0 or not torch.equal(covariances, covariances.mT):
-            raise ValueError(f"covariances must be symmetric and have no negative eigenvalue; got {covariances.tolist()}.")
+            raise ValueError(
+                f"covariances must be symmetric and have no negative eigenvalue; got {covariances.tolist()}."
+            )
         self.weights = self.weights / self.weights.sum()
         self.covariances = covariances
 
@@ -120,7 +122,9 @@ class GaussianMixture:
         gain = a * torch.linalg.solve(after.covariances, before.covariances).mT
         means = before.means + (gain @ (x_t[0].double() - a * before.means)[..., None])[..., 0]
         covariances = before.covariances - a * gain @ before.covariances
-        return GaussianMixture(after.responsibilities(x_t)[0].clamp(min=1e-300), means, (covariances + covariances.mT) / 2)
+        return GaussianMixture(
+            after.responsibilities(x_t)[0].clamp(min=1e-300), means, (covariances + covariances.mT) / 2
+        )
 
     def _points(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.means.shape[1]:
