@@ -17,7 +17,8 @@ def digits(split: str = "train") -> tuple[Tensor, Tensor]:
     ``split`` is 'train' (1,347 images), 'test' (450) or 'all'. Grey levels are whole numbers 0..16 in the source, so
     neighbouring levels lie 1/8 apart.
 
-    Source: Alpaydin and Kaynak (1998), the test part of the UCI set, as in scikit-learn; made by ``recipes.digits_data``.
+    Source: Alpaydin and Kaynak (1998), the test part of the UCI set, as in scikit-learn; the file is made by
+    ``recipes.digits_data``.
     """
     parts = {"train": slice(None, TRAIN), "test": slice(TRAIN, None), "all": slice(None)}
     if split not in parts:

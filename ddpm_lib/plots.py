@@ -78,7 +78,7 @@ def show_images(images: Tensor, columns: int = 10, title: str | None = None, ax:
 
 
 def png(picture: Figure | np.ndarray, width: int = 360) -> bytes:
-    """A figure, or an array (H, W) or (H, W, 3) of floats in [0, 1] enlarged in whole pixels to about ``width``, as PNG."""
+    """A figure as PNG, or an array (H, W) or (H, W, 3) of floats in [0, 1], enlarged to about ``width``."""
     buffer = io.BytesIO()
     if isinstance(picture, Figure):
         picture.savefig(buffer, format="png", metadata={"Software": None})

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +126,7 @@ def sample(denoiser: Callable[..., Prediction], shape: Sequence[int] | None = No
 
 
 def _walk(denoiser, x, path, schedule, eta, variance, clip, label, generator) -> Iterator[SampleStep]:
-    for t, s in zip(path, path[1:]):
+    for t, s in pairwise(path):
         with torch.no_grad(), _evaluating(denoiser):
             prediction = denoiser(x, t) if label is None else denoiser(x, t, label)
             if clip:
@@ -139,7 +140,7 @@ def _path(T: int, steps: int | Sequence[int] | None) -> list[int]:
     if steps is None or isinstance(steps, int):
         return timesteps(T, T if steps is None else steps)
     path = list(steps)
-    if len(path) < 2 or path[0] != T or path[-1] != 0 or any(s >= t for t, s in zip(path, path[1:])):
+    if len(path) < 2 or path[0] != T or path[-1] != 0 or any(s >= t for t, s in pairwise(path)):
         raise ValueError(f"steps must fall strictly from T = {T} to 0; got {path}.")
     return path
 

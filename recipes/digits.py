@@ -37,7 +37,7 @@ NETWORK = {
     "groups": 8,
     "classes": 10,
 }
-STEPS = 6000
+STEPS = 4000
 OPTIONS = {"batch_size": 64, "learning_rate": 2e-3, "warmup": 200, "decay_steps": STEPS, "ema_decay": 0.999}
 
 
@@ -78,7 +78,8 @@ def measure() -> None:
         features = classifier.features(images.clamp(-1, 1))
         right = float((classifier.head(features).argmax(1) == label).double().mean())
         print(
-            f"{name}: label accuracy {right:.3f}, distance {frechet_distance(features, train_features):.2f} to training, "
+            f"{name}: label accuracy {right:.3f}, "
+            f"distance {frechet_distance(features, train_features):.2f} to training, "
             f"{frechet_distance(features, test_features):.2f} to test digits, "
             f"nearest training image {nearest(images, train_images):.3f}"
         )
