@@ -65,9 +65,11 @@ class CopyFormulas(SphinxPostTransform):
     default_priority = 5  # before references are resolved
 
     def run(self, **kwargs) -> None:
+        math = self.env.get_domain("math")
         for placeholder in list(self.document.findall(formula)):
+            math.data["has_equations"][self.env.docname] = True  # so that the page loads MathJax
             label = placeholder["label"]
-            known = self.env.get_domain("math").equations.get(label)
+            known = math.equations.get(label)
             placeholder.replace_self(self.copy(label, known[0]) if known else [])
 
     def copy(self, label: str, page: str) -> list[nodes.Node]:

@@ -30,7 +30,7 @@ REPAIRS = [
 
 def set_options(app: Sphinx, config: Config) -> None:
     # From here, as html_theme_options in _config.yml would replace what Jupyter Book itself puts there.
-    config.html_theme_options = {**config.html_theme_options, **OPTIONS}
+    config.html_theme_options = {**config.html_theme_options, **OPTIONS, "logo": {"text": config.html_title}}
     # Beside the theme's own templates: the one that leaves out a script (see there).
     config.templates_path.append(str(Path(__file__).parent / "templates"))
 

@@ -12,6 +12,11 @@
     }
   }
 
+  // Its visible text, "Search Ctrl+K", names it better than the label that contradicts it.
+  function nameSearchField() {
+    document.querySelectorAll(".search-button-field").forEach((button) => button.removeAttribute("aria-label"));
+  }
+
   function nameSidebars() {
     const names = { "pst-primary-sidebar": "Book", "pst-secondary-sidebar": "This page" };
     for (const [id, name] of Object.entries(names)) {
@@ -38,6 +43,7 @@
 
   document.addEventListener("DOMContentLoaded", () => {
     nameThemeSwitch();
+    nameSearchField();
     nameSidebars();
     new MutationObserver(nameThemeSwitch).observe(document.documentElement, { attributeFilter: ["data-mode"] });
     document.addEventListener("click", rememberPress, true);

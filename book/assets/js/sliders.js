@@ -1,4 +1,4 @@
-// The widget manager gives its slider handles and Play buttons no accessible name: take the visible label, or the icon.
+// Two gaps of the widget manager: it gives slider handles and Play buttons no accessible name, and it asks for MathJax 2.
 (() => {
   "use strict";
 
@@ -23,9 +23,15 @@
     article.querySelectorAll(".widget-play button").forEach(nameButton);
   }
 
+  // It hands the text of every frame to MathJax 2, whose queue version 3 does not have. Frames hold no formulas.
+  function acceptMathJax2() {
+    if (window.MathJax) window.MathJax.Hub ??= { Queue() {} };
+  }
+
   document.addEventListener("DOMContentLoaded", () => {
     const article = document.querySelector("article");
     if (!article?.querySelector('script[type^="application/vnd.jupyter.widget-view"]')) return;
+    acceptMathJax2();
     let waiting = false;
     new MutationObserver(() => {
       if (waiting) return;
