@@ -116,8 +116,8 @@ class Trainer:
             "seed": seed,
         }
         self.device = torch.device(device)
-        self.data_sha256 = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()
-        self.images = images.to(self.device)
+        self.data_sha256 = _fingerprint(images, labels)
+        self.images = images.to(self.device, torch.float32)
         self.labels = None if labels is None else labels.to(self.device)
         self.denoiser = denoiser.to(self.device)
         self.ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
@@ -251,6 +251,13 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _fingerprint(images: Tensor, labels: Tensor | None) -> str:
+    digest = hashlib.sha256(images.float().cpu().contiguous().numpy())
+    if labels is not None:
+        digest.update(labels.long().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=2)
