@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import AXE, HTML, pages
+from built_book import AXE, HTML, pages
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -1,7 +1,7 @@
 """Sliders move pictures with no kernel: from a server and from the file system."""
 
 import pytest
-from conftest import HTML, pages
+from built_book import HTML, pages
 
 SHOWN = "card => [...card.querySelectorAll('img')].find(image => image.offsetParent).src"
 
