@@ -1,0 +1,199 @@
+"""The U-Net: the paper's parameter counts, its parts against plain arithmetic, and its behaviour at the edges."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import draw_parameters, tiny_unet
+
+from ddpm_lib import UNet
+from ddpm_lib.unet import Attention, Downsample, ResidualBlock, TimeEmbedding, Upsample, attend
+
+
+def count(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_the_cifar10_model_of_the_paper_has_35_746_307_parameters():
+    assert count(UNet()) == 35_746_307
+
+
+def test_the_256_model_of_the_paper_has_113_673_219_parameters():
+    assert count(UNet(image_size=256, channel_multipliers=(1, 1, 2, 2, 4, 4))) == 113_673_219
+
+
+def test_classes_cost_one_embedding_each_and_one_for_none():
+    assert count(tiny_unet(classes=10)) - count(tiny_unet()) == 11 * 16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"image_size": 8, "channel_multipliers": (1, 3, 1), "attention_resolutions": (8, 2), "blocks_per_level": 2},
+        {"image_size": 5, "channel_multipliers": (2,), "attention_resolutions": ()},
+        {"in_channels": 3, "base_channels": 6, "groups": 3, "classes": 4, "dropout": 0.5},
+    ],
+    ids=["tiny", "three levels", "one level", "classes"],
+)
+def test_output_has_the_shape_of_the_input(options):
+    network = draw_parameters(tiny_unet(**options))
+    size, channels = network.config["image_size"], network.config["in_channels"]
+    x = torch.randn(2, channels, size, size)
+    assert network(x, torch.tensor([0, 7])).shape == x.shape
+    tall = torch.randn(1, channels, 2 * size, size)
+    assert network(tall, torch.tensor([3])).shape == tall.shape
+
+
+def test_a_network_is_built_again_from_its_configuration():
+    network = tiny_unet(classes=3, dropout=0.2)
+    again = UNet(**network.config)
+    again.load_state_dict(network.state_dict())
+    assert again.config == network.config
+
+
+def test_images_of_a_batch_do_not_see_each_other():
+    network = draw_parameters(tiny_unet(classes=3)).double().eval()
+    x, steps, label = torch.randn(3, 1, 4, 4).double(), torch.tensor([0, 5, 29]), torch.tensor([0, 3, 1])
+    together = network(x, steps, label)
+    for i in range(3):
+        alone = network(x[i : i + 1], steps[i : i + 1], label[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-12)
+
+
+def test_step_and_label_change_the_output():
+    network = draw_parameters(tiny_unet(classes=3)).eval()
+    x = torch.randn(1, 1, 4, 4)
+    outputs = [network(x, torch.tensor([s]), torch.tensor([c])) for s, c in [(0, 0), (1, 0), (0, 1), (0, 3)]]
+    for i, a in enumerate(outputs):
+        assert all((a - b).abs().max() > 1e-3 for b in outputs[:i])
+
+
+def test_no_label_is_the_extra_class():
+    network = draw_parameters(tiny_unet(classes=3)).eval()
+    x, steps = torch.randn(2, 1, 4, 4), torch.tensor([3, 4])
+    assert torch.equal(network(x, steps), network(x, steps, torch.tensor([3, 3])))
+
+
+def test_dropout_acts_in_training_only():
+    network = draw_parameters(tiny_unet(dropout=0.5))
+    x, steps = torch.randn(1, 1, 4, 4), torch.tensor([3])
+    assert not torch.equal(network(x, steps), network(x, steps))
+    network.eval()
+    assert torch.equal(network(x, steps), network(x, steps))
+
+
+def test_a_fresh_network_answers_almost_zero():
+    """The paper's code starts the last convolution, and the end of every block, at weights of almost zero."""
+    output = UNet(image_size=16, base_channels=32)(torch.randn(2, 3, 16, 16), torch.tensor([0, 999]))
+    assert output.abs().max() < 1e-3
+
+
+def test_a_fresh_block_passes_its_input_on():
+    x, embedding = torch.randn(2, 8, 4, 4), torch.randn(2, 16)
+    torch.testing.assert_close(ResidualBlock(8, 8, 16, 0.0, 4)(x, embedding), x, rtol=0, atol=1e-3)
+    torch.testing.assert_close(Attention(8, 4)(x), x, rtol=0, atol=1e-3)
+
+
+def test_fresh_weights_are_uniform_with_the_variance_of_glorot():
+    network = UNet(image_size=8, base_channels=64, channel_multipliers=(1, 2), groups=32, attention_resolutions=())
+    weight = network.stem.weight.detach()
+    assert weight.abs().max() <= math.sqrt(6 / (9 * 3 + 9 * 64))
+    assert float(weight.var()) == pytest.approx(2 / (9 * 3 + 9 * 64), rel=0.15)
+    assert all((p == 0).all() for name, p in network.named_parameters() if name.endswith("bias"))
+
+
+# Parts, each in plain numpy
+
+
+def test_time_embedding_is_sines_then_cosines():
+    """Frequencies from 1 to 1/10,000 in geometric steps over half - 1, as in the paper's code."""
+    part = TimeEmbedding(8, 8).double()
+    with torch.no_grad():
+        part.linear_1.weight.copy_(torch.eye(8))
+        part.linear_2.weight.copy_(torch.eye(8))
+    steps = torch.tensor([0, 1, 7, 999])
+    frequency = 10_000.0 ** -(np.arange(4) / 3)
+    angle = steps.numpy()[:, None] * frequency
+    waves = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    expected = waves / (1 + np.exp(-waves))
+    # The frequencies are stored in float32: at step 999 their rounding moves an angle by up to 6e-5.
+    np.testing.assert_allclose(part(steps).detach(), expected, rtol=0, atol=1e-4)
+
+
+def group_norm(x: np.ndarray, groups: int) -> np.ndarray:
+    grouped = x.reshape(x.shape[0], groups, -1)
+    centred = grouped - grouped.mean(2, keepdims=True)
+    return (centred / np.sqrt((centred**2).mean(2, keepdims=True) + 1e-6)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["ordinary input", "input so small that eps counts"])
+def test_attention_in_numpy(scale):
+    part = draw_parameters(Attention(6, 3)).double()
+    x = scale * torch.randn(2, 6, 3, 2, dtype=torch.float64)
+    h = group_norm(x.numpy(), 3) * part.norm.weight.detach().numpy()[:, None, None]
+    h = (h + part.norm.bias.detach().numpy()[:, None, None]).reshape(2, 6, 6)
+
+    def project(layer, h):
+        return (
+            np.einsum("oc,bcn->bon", layer.weight.detach().numpy()[:, :, 0, 0], h)
+            + layer.bias.detach().numpy()[:, None]
+        )
+
+    q, k, v = (project(layer, h) for layer in (part.query, part.key, part.value))
+    logits = np.einsum("bcn,bcm->bnm", q, k) / math.sqrt(6)
+    weights = np.exp(logits) / np.exp(logits).sum(2, keepdims=True)
+    expected = x.numpy() + project(part.out, np.einsum("bnm,bcm->bcn", weights, v)).reshape(x.shape)
+    np.testing.assert_allclose(part(x).detach(), expected, rtol=0, atol=1e-12)
+
+
+def test_attention_equals_the_fused_kernel():
+    q, k, v = (torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    ours, theirs = attend(q, k, v), F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v), retain_graph=True) for y in (ours, theirs))):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_attention_with_large_logits_does_not_overflow_in_half_precision():
+    q = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
+    assert attend(q, q, torch.ones_like(q)).isfinite().all()
+
+
+def test_downsampling_pads_right_and_bottom():
+    part = Downsample(1)
+    with torch.no_grad():
+        part.conv.weight.copy_(torch.tensor([[[[1.0, 2, 4], [8, 16, 32], [64, 128, 256]]]]))
+    x = torch.zeros(1, 1, 4, 4)
+    x[0, 0, 0, 0], x[0, 0, 3, 3] = 1, 1
+    # The window of output (0, 0) starts at pixel (0, 0); that of (1, 1) at (2, 2), its last row and column are padding.
+    assert part(x, None)[0, 0].tolist() == [[1, 0], [0, 16]]
+
+
+def test_upsampling_repeats_pixels():
+    part = Upsample(1)
+    with torch.no_grad():
+        part.conv.weight.zero_()[0, 0, 1, 1] = 1
+    x = torch.tensor([[[[1.0, 2], [3, 4]]]])
+    assert part(x, None)[0, 0].tolist() == np.kron([[1, 2], [3, 4]], np.ones((2, 2))).tolist()
+
+
+def test_residual_block_adds_the_embedding_between_its_convolutions():
+    part = draw_parameters(ResidualBlock(4, 6, 5, 0.0, 2)).double()
+    x, embedding = torch.randn(2, 4, 3, 3, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+
+    def silu(a):
+        return a * torch.sigmoid(a)
+
+    def norm(layer, a):
+        return torch.from_numpy(group_norm(a.numpy(), 2)) * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+    with torch.no_grad():
+        h = F.conv2d(silu(norm(part.norm_1, x)), part.conv_1.weight, part.conv_1.bias, padding=1)
+        h = h + (silu(embedding) @ part.embedding.weight.T + part.embedding.bias)[:, :, None, None]
+        h = F.conv2d(silu(norm(part.norm_2, h)), part.conv_2.weight, part.conv_2.bias, padding=1)
+        shortcut = torch.einsum("oc,bchw->bohw", part.shortcut.weight[:, :, 0, 0], x)
+        expected = h + shortcut + part.shortcut.bias[:, None, None]
+        torch.testing.assert_close(part(x, embedding), expected, rtol=0, atol=1e-12)
