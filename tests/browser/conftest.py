@@ -34,13 +34,19 @@ def book():
     if not (HTML / "book" / "intro.html").exists():
         pytest.skip("browser tests need the built book: run make book first")
     handler = partial(QuietHandler, directory=HTML)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with Server(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # a page opens more connections at once than the default of 5
+
+
 class QuietHandler(SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections stay open
+
     def log_message(self, *arguments) -> None:
         pass
 
@@ -58,10 +64,12 @@ def browser(book):
 @pytest.fixture(scope="session")
 def contexts(browser):
     """One window for each width and theme."""
-    return {
-        (width, theme): browser.new_context(viewport={"width": WIDTHS[width], "height": 800}, color_scheme=theme)
-        for width, theme in product(WIDTHS, ("light", "dark"))
-    }
+    windows = {}
+    for width, theme in product(WIDTHS, ("light", "dark")):
+        window = browser.new_context(viewport={"width": WIDTHS[width], "height": 800}, color_scheme=theme)
+        window.set_default_timeout(60_000)
+        windows[width, theme] = window
+    return windows
 
 
 @dataclass
