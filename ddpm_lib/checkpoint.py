@@ -118,8 +118,8 @@ def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoi
     try:
         network = UNet(**config["network"])
         denoiser = Denoiser(network, Schedule.from_config(config["schedule"]), config["predicts"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"the configuration in {path} does not describe a denoiser: {error}.") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the configuration in {path} does not describe a denoiser: {error}") from error
     fit_state(network, tensors, str(path))
     return denoiser.to(device).eval()
 

@@ -137,7 +137,7 @@ def _walk(denoiser, x, path, schedule, eta, variance, clip, label, generator) ->
 
 
 def _path(T: int, steps: int | Sequence[int] | None) -> list[int]:
-    if steps is None or isinstance(steps, int):
+    if not hasattr(steps, "__iter__"):
         return timesteps(T, T if steps is None else steps)
     path = list(steps)
     if len(path) < 2 or path[0] != T or path[-1] != 0 or any(s >= t for t, s in pairwise(path)):

@@ -101,6 +101,8 @@ class Trainer:
         for name, value in (("ema_decay", ema_decay), ("label_dropout", label_dropout)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1); got {value}.")
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed must be a whole number, 0 or more; got {seed!r}.")
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}.")
         self.options = {

@@ -50,7 +50,8 @@ class UNet(nn.Module):
         super().__init__()
         for name, value in (("image_size", image_size), ("in_channels", in_channels), ("base_channels", base_channels)):
             _positive_int(name, value)
-        _positive_int("blocks_per_level", blocks_per_level)
+        for name, value in (("blocks_per_level", blocks_per_level), ("groups", groups)):
+            _positive_int(name, value)
         self.config = {
             "image_size": image_size,
             "in_channels": in_channels,
@@ -62,7 +63,7 @@ class UNet(nn.Module):
             "groups": groups,
             "classes": classes,
         }
-        if not channel_multipliers or any(m < 1 for m in channel_multipliers):
+        if not channel_multipliers or any(not isinstance(m, int) or m < 1 for m in channel_multipliers):
             raise ValueError(f"channel_multipliers must be one or more whole numbers >= 1; got {channel_multipliers}.")
         if base_channels % groups or base_channels % 2:
             raise ValueError(
