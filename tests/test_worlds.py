@@ -158,18 +158,18 @@ def test_the_reverse_law_is_bayes_rule_on_a_grid(t, s):
         np.testing.assert_allclose(mine, density, rtol=0, atol=1e-7 * density.max())
 
 
-def test_the_reverse_laws_average_to_the_law_before(generator):
-    """Drawing x_t, then x_s from its reverse law, gives q(x_s): in the plane, with full covariances."""
-    after, before = PLANE.noised(float(SCHEDULE.alpha_bar[12])), PLANE.noised(float(SCHEDULE.alpha_bar[7]))
-    x_t = after.sample(4000, generator)
-    means, squares = zip(*((law.mean, law.covariance + law.mean.outer(law.mean)) for law in map(reverse_12_to_7, x_t)))
-    mean, square = torch.stack(means).mean(0), torch.stack(squares).mean(0)
-    torch.testing.assert_close(mean, before.mean, rtol=0, atol=0.05)
-    torch.testing.assert_close(square - mean.outer(mean), before.covariance, rtol=0, atol=0.05)
-
-
-def reverse_12_to_7(x_t):
-    return PLANE.reverse(x_t, 12, 7, SCHEDULE)
+@pytest.mark.parametrize(("t", "s"), [(1, 0), (12, 7), (30, 29), (30, 0)])
+def test_the_reverse_law_in_the_plane_obeys_bayes_rule_at_every_point(t, s):
+    """q(x_s | x_t) q(x_t) = q(x_s) q(x_t | x_s), with full covariances."""
+    alpha = math.prod((1 - SCHEDULE.beta[s + 1 : t + 1]).tolist())
+    before, after = PLANE.noised(float(SCHEDULE.alpha_bar[s])), PLANE.noised(float(SCHEDULE.alpha_bar[t]))
+    x_s = points()
+    for x_t in points(3):
+        step = torch.distributions.Normal(math.sqrt(alpha) * x_s, math.sqrt(1 - alpha)).log_prob(x_t).sum(1)
+        reverse = PLANE.reverse(x_t, t, s, SCHEDULE).log_prob(x_s)
+        torch.testing.assert_close(
+            reverse + after.log_prob(x_t[None]), before.log_prob(x_s) + step, rtol=1e-8, atol=1e-8
+        )
 
 
 def test_the_mean_of_the_reverse_law_is_the_ancestral_mean():

@@ -1,0 +1,482 @@
+"""Plant plausible mistakes in a copy of the package, one at a time: the tests must turn red for each.
+
+``make mutants`` runs them all; ``python -m tests.mutants NAME ...`` runs some.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    """In ``ddpm_lib/file``, ``old`` becomes ``new``; ``tests`` (of tests/test_*.py) must notice."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+    why: str
+
+
+MUTANTS = {
+    # schedule.py
+    "beta for beta tilde": Mutant(
+        "schedule.py",
+        "((1 - before) / (1 - self.alpha_bar) * self.beta)[1:]",
+        "self.beta[1:]",
+        "schedule",
+        "the two variances of the paper mixed up",
+    ),
+    "alpha for alpha_bar": Mutant(
+        "schedule.py",
+        "self.signal = self.alpha_bar.sqrt()",
+        "self.signal = self.alpha.sqrt()",
+        "schedule",
+        "the bar forgotten in the closed form",
+    ),
+    "missing root of the noise": Mutant(
+        "schedule.py",
+        "self.noise = (1 - self.alpha_bar).sqrt()",
+        "self.noise = 1 - self.alpha_bar",
+        "schedule",
+        "variance taken for standard deviation",
+    ),
+    "missing root in one step": Mutant(
+        "schedule.py",
+        "+ beta.sqrt() * eps",
+        "+ beta * eps",
+        "schedule",
+        "variance taken for standard deviation",
+    ),
+    "one step keeps the signal": Mutant(
+        "schedule.py",
+        "return (1 - beta).sqrt() * x_prev",
+        "return x_prev",
+        "schedule",
+        "a variance that explodes: the signal must shrink",
+    ),
+    "cosine without offset": Mutant(
+        "schedule.py",
+        "/ T + s) / (1 + s) * math.pi",
+        "/ T) * math.pi",
+        "schedule",
+        "the offset s keeps the first beta from vanishing",
+    ),
+    "cosine not squared": Mutant(
+        "schedule.py",
+        "* math.pi / 2) ** 2",
+        "* math.pi / 2)",
+        "schedule",
+        "the curve is that of alpha_bar, a squared cosine",
+    ),
+    "log variance from a floor": Mutant(
+        "schedule.py",
+        "table[0], table[1] = math.nan, table[2]",
+        "table[0], table[1] = math.nan, math.log(1e-20)",
+        "schedule",
+        "a floor of 1e-20 wrecks the first term of the bound",
+    ),
+    "posterior coefficients swapped": Mutant(
+        "schedule.py",
+        "return c0, ct, beta_tilde",
+        "return ct, c0, beta_tilde",
+        "schedule",
+        "x0 and x_t in each other's place",
+    ),
+    "posterior without the root of alpha": Mutant(
+        "schedule.py",
+        "ct = math.sqrt(1 - beta) * (1 - alpha_bar_s)",
+        "ct = (1 - beta) * (1 - alpha_bar_s)",
+        "schedule",
+        "a missing root in equation 7",
+    ),
+    "long steps take the beta of t": Mutant(
+        "schedule.py",
+        "beta = 1 - float(self.alpha_bar[t] / self.alpha_bar[s])",
+        "beta = float(self.beta[t])",
+        "schedule",
+        "a respaced walk that keeps the betas of the full one",
+    ),
+    "tables in half precision": Mutant(
+        "schedule.py",
+        "getattr(self, table).to(like.dtype).to(like.device)",
+        "(1 - self.alpha_bar.to(like)).sqrt() if table == 'noise' else getattr(self, table).to(like)",
+        "schedule",
+        "1 - alpha_bar formed after the cast is 0 for ten steps",
+    ),
+    "t = 0 let through": Mutant(
+        "schedule.py",
+        "def check(self, t: int | Tensor, low: int = 1)",
+        "def check(self, t: int | Tensor, low: int = 0)",
+        "bad_input",
+        "counting from 0 goes unnoticed",
+    ),
+    # prediction.py
+    "t off by one in the denoiser": Mutant(
+        "prediction.py",
+        "self.network(x_t, steps - 1) if",
+        "self.network(x_t, steps) if",
+        "prediction",
+        "the paper's weights count steps from 0",
+    ),
+    "sign of v": Mutant(
+        "prediction.py",
+        "return self.signal * self.eps - self.noise * self.x0",
+        "return self.noise * self.x0 - self.signal * self.eps",
+        "prediction",
+        "the velocity turned round",
+    ),
+    "reading v with the wrong weights": Mutant(
+        "prediction.py",
+        "x0, eps = signal * x_t - noise * value,",
+        "x0, eps = noise * x_t - signal * value,",
+        "prediction",
+        "signal and noise in each other's place",
+    ),
+    "sign of the score": Mutant(
+        "prediction.py",
+        "return -self.eps / self.noise",
+        "return self.eps / self.noise",
+        "prediction",
+        "the score points to the data, eps away from them",
+    ),
+    "score not divided": Mutant(
+        "prediction.py",
+        "return -self.eps / self.noise",
+        "return -self.eps",
+        "prediction",
+        "the score is eps over the deviation of the noise",
+    ),
+    "eps not recomputed after clipping": Mutant(
+        "prediction.py",
+        "return replace(self, x0=x0, eps=(self.x_t - self.signal * x0) / self.noise)",
+        "return replace(self, x0=x0)",
+        "prediction",
+        "DDIM with eta = 1 is then no longer ancestral sampling",
+    ),
+    # loss.py
+    "loss against x0": Mutant(
+        "loss.py",
+        "truth = Prediction(x_t, x0, eps, guess.signal, guess.noise)",
+        "truth = Prediction(x_t, eps, x0, guess.signal, guess.noise)",
+        "prediction",
+        "data and noise in each other's place",
+    ),
+    "loss not squared": Mutant("loss.py", "error.square()", "error.abs()", "prediction", "the simple loss is a square"),
+    # sampling.py
+    "noise at the last step": Mutant(
+        "sampling.py",
+        "    if s == 0:\n        return mean, 0.0\n",
+        "",
+        "sampling",
+        "two widely read tutorials add it",
+    ),
+    "steps start below T": Mutant(
+        "sampling.py",
+        "return [(i * T + steps // 2) // steps for i in range(steps, -1, -1)]",
+        "return [i * (T // steps) for i in range(steps - 1, -1, -1)] + [0]",
+        "sampling",
+        "'leading' spacing never sees x_T at T",
+    ),
+    "DDIM sigma not squared": Mutant(
+        "sampling.py",
+        "math.sqrt(1 - alpha_bar_s - eta**2 * beta_tilde)",
+        "math.sqrt(1 - alpha_bar_s - eta * beta_tilde)",
+        "sampling",
+        "sigma squared stands in equation 12",
+    ),
+    "DDIM sigma left out": Mutant(
+        "sampling.py",
+        "math.sqrt(1 - alpha_bar_s - eta**2 * beta_tilde)",
+        "math.sqrt(1 - alpha_bar_s)",
+        "sampling",
+        "noise added without making room for it",
+    ),
+    "sigma without root": Mutant(
+        "sampling.py",
+        "eta * math.sqrt(beta if",
+        "eta * (beta if",
+        "sampling",
+        "variance taken for standard deviation",
+    ),
+    "variances swapped": Mutant(
+        "sampling.py",
+        '(beta if variance == "beta" else beta_tilde)',
+        '(beta_tilde if variance == "beta" else beta)',
+        "sampling",
+        "the two choices in each other's place",
+    ),
+    "clipping without effect": Mutant(
+        "sampling.py",
+        "prediction = prediction.clip()",
+        "prediction.clip()",
+        "sampling",
+        "a well-known reimplementation clips to no effect",
+    ),
+    "dropout while sampling": Mutant(
+        "sampling.py", "denoiser.eval()", "pass", "sampling", "samples from a mutilated network"
+    ),
+    # unet.py
+    "cosines before sines": Mutant(
+        "unet.py", "[angle.sin(), angle.cos()]", "[angle.cos(), angle.sin()]", "unet", "other code bases do this"
+    ),
+    "frequencies over half": Mutant(
+        "unet.py", "max(half - 1, 1)", "half", "unet", "other code bases do this: weights are not interchangeable"
+    ),
+    "padding left and top": Mutant(
+        "unet.py", "F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))", "unet", "shifts every level by a pixel"
+    ),
+    "scale of attention": Mutant(
+        "unet.py", "scale = q.shape[-1] ** -0.25", "scale = q.shape[-1] ** -0.5", "unet", "q and k are both scaled"
+    ),
+    "softmax over queries": Mutant(
+        "unet.py",
+        "transpose(1, 2), dim=-1) @ v",
+        "transpose(1, 2), dim=-2) @ v",
+        "unet",
+        "weights must sum to one over keys",
+    ),
+    "eps of GroupNorm": Mutant("unet.py", "EPS = 1e-6", "EPS = 1e-5", "unet", "PyTorch's default, not the paper's"),
+    "no skip connection in the block": Mutant(
+        "unet.py", "return self.shortcut(x) + h", "return h", "unet", "a residual block without residual"
+    ),
+    "embedding without activation": Mutant(
+        "unet.py", "self.embedding(F.silu(embedding))", "self.embedding(embedding)", "unet", "as in the paper's code"
+    ),
+    "no label is class 0": Mutant(
+        "unet.py",
+        "torch.full((x.shape[0],), classes,",
+        "torch.full((x.shape[0],), 0,",
+        "unet",
+        "guidance against a digit",
+    ),
+    "last layers not near zero": Mutant(
+        "unet.py", "gain=1e-5 if near_zero else 1.0", "gain=1.0", "unet", "the paper's start"
+    ),
+    # training.py
+    "EMA of the wrong weights": Mutant(
+        "training.py",
+        "torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)",
+        "torch._foreach_lerp_(self.parameters, self.averages, 1 - decay)",
+        "training",
+        "the network pulled towards its own average",
+    ),
+    "EMA decay swapped": Mutant(
+        "training.py",
+        "self.parameters, 1 - decay)",
+        "self.parameters, decay)",
+        "training",
+        "an average that forgets at once",
+    ),
+    "EMA warm-up off by one": Mutant(
+        "training.py",
+        "(1 + self.step) / (10 + self.step)",
+        "(2 + self.step) / (11 + self.step)",
+        "training",
+        "step counts from 0",
+    ),
+    "learning rate warm-up off by one": Mutant(
+        "training.py",
+        "return rate * (self.step + 1) / warmup",
+        "return rate * self.step / warmup",
+        "training",
+        "a first step of 0",
+    ),
+    "no decay": Mutant(
+        "training.py",
+        "(self.step - warmup) / (end - warmup)",
+        "self.step / end",
+        "training",
+        "the decay starts after warm-up",
+    ),
+    "label dropout inverted": Mutant(
+        "training.py",
+        '< self.options["label_dropout"]',
+        '>= self.options["label_dropout"]',
+        "training",
+        "keeps a tenth",
+    ),
+    "gradient not clipped": Mutant(
+        "training.py",
+        'torch.nn.utils.clip_grad_norm_(self.parameters, options["clip_norm"])',
+        "torch.nn.utils.get_total_norm([p.grad for p in self.parameters])",
+        "training",
+        "the norm is logged and nothing done about it",
+    ),
+    "gradients pile up": Mutant("training.py", "self.optimiser.zero_grad()", "pass", "training", "zero_grad forgotten"),
+    "t starts at 0 of T": Mutant(
+        "training.py",
+        "torch.randint(1, self.denoiser.schedule.T + 1,",
+        "torch.randint(1, self.denoiser.schedule.T,",
+        "training",
+        "step T never trained",
+    ),
+    "one epoch's order for all": Mutant(
+        "training.py", "default_rng([seed, epoch])", "default_rng([seed, 0])", "training", "the epochs do not differ"
+    ),
+    "batches drawn with replacement": Mutant(
+        "training.py", ".permutation(total)", ".integers(0, total, total)", "training", "images shown twice and never"
+    ),
+    "noise not keyed on the step": Mutant(
+        "training.py",
+        "SeedSequence([seed, step])",
+        "SeedSequence([seed, 0])",
+        "training",
+        "the same noise at every step",
+    ),
+    "the caller's stream used": Mutant(
+        "training.py",
+        '    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):\n'
+        "        torch.manual_seed(key)\n        yield\n",
+        "    torch.manual_seed(key)\n    yield\n",
+        "training",
+        "training reseeds the program around it",
+    ),
+    "EMA not resumed": Mutant(
+        "training.py",
+        'fit_state(self.ema.network, parts["ema"], str(path))',
+        "pass",
+        "training",
+        "an average that starts anew",
+    ),
+    "Adam not resumed": Mutant(
+        "training.py", '"state": state})', '"state": {}})', "training", "moments that start anew"
+    ),
+    "step not resumed": Mutant(
+        "training.py", 'self.step = config["step"]', "pass", "training", "the schedule starts anew"
+    ),
+    "a wait in every step": Mutant(
+        "training.py",
+        "losses.mean().backward()",
+        "float(losses.mean()), losses.mean().backward()",
+        "training",
+        "a host sync",
+    ),
+    # checkpoint.py
+    "write in place": Mutant(
+        "checkpoint.py",
+        'handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")',
+        "handle, temporary = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), path",
+        "checkpoint",
+        "a killed process leaves half a file",
+    ),
+    "not flushed to disk": Mutant(
+        "checkpoint.py", "            os.fsync(file.fileno())\n", "", "checkpoint", "a rename before the data"
+    ),
+    "checksum not compared": Mutant(
+        "checkpoint.py",
+        'if header.get("sha256") != _digest(header, tensors):',
+        "if False:",
+        "checkpoint",
+        "damage unseen",
+    ),
+    "checksum without names": Mutant(
+        "checkpoint.py", 'f"\\n{name} {tensor.dtype}', 'f"\\n{tensor.dtype}', "checkpoint", "tensors may change places"
+    ),
+    "pickles read": Mutant(
+        "checkpoint.py",
+        "    try:\n        with safe_open(",
+        "    if path.suffix == '.pt':\n        torch.load(path, weights_only=False)\n    try:\n        with safe_open(",
+        "checkpoint",
+        "unpickling runs whatever the file says",
+    ),
+    # worlds.py and metrics.py
+    "score of the world turned round": Mutant(
+        "worlds.py",
+        "(self.means - x.double()[:, None])[..., None])",
+        "(x.double()[:, None] - self.means)[..., None])",
+        "worlds",
+        "sign of the score",
+    ),
+    "noised covariance without noise": Mutant(
+        "worlds.py",
+        "alpha_bar * self.covariances + (1 - alpha_bar) * eye",
+        "alpha_bar * self.covariances",
+        "worlds",
+        "x_t is wider",
+    ),
+    "weights of the data for those given x_t": Mutant(
+        "worlds.py",
+        '"nk,nkd->nd", noised.responsibilities(x_t), inner',
+        '"k,nkd->nd", self.weights, inner',
+        "worlds",
+        "the best guess must weigh components by x_t",
+    ),
+    "reverse law of one Gaussian": Mutant(
+        "worlds.py",
+        "after.responsibilities(x_t)[0].clamp(min=1e-300)",
+        "self.weights",
+        "worlds",
+        "weights must depend on x_t",
+    ),
+    "Frechet distance without root": Mutant(
+        "metrics.py",
+        ".clamp(min=0).sqrt().sum()",
+        ".clamp(min=0).sum()",
+        "metrics",
+        "the root of the product of covariances",
+    ),
+    "Frechet distance of means not squared": Mutant(
+        "metrics.py",
+        "(a.mean(0) - b.mean(0)).square().sum()",
+        "(a.mean(0) - b.mean(0)).norm()",
+        "metrics",
+        "a squared distance",
+    ),
+    # data.py
+    "digits split at another place": Mutant(
+        "data.py", "TRAIN = 1347", "TRAIN = 1350", "data", "test images trained on"
+    ),
+    "grey levels off by one": Mutant("data.py", "/ 8 - 1,", "/ 7.5 - 1,", "data", "values beyond 1"),
+}
+
+
+def killed(mutant: Mutant | None, tests: str) -> bool:
+    """Whether the tests fail on a copy of the project with this mistake planted (None: with no mistake)."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("ddpm_lib", "tests"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "browser"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if mutant:
+            file = copy / "ddpm_lib" / mutant.file
+            file.write_text(file.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+        environment = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        sys.exit(f"pytest could not run:\n{done.stdout}\n{done.stderr}")
+    return done.returncode == 1
+
+
+def main(names: list[str]) -> None:
+    started = time.monotonic()
+    chosen = {name: MUTANTS[name] for name in names or MUTANTS}
+    files = sorted({f"tests/test_{mutant.tests}.py" for mutant in chosen.values()})
+
+    def judge(item: tuple[str, Mutant]) -> str | None:
+        name, mutant = item
+        dead = killed(mutant, f"tests/test_{mutant.tests}.py")
+        print(f"{'killed  ' if dead else 'SURVIVED'}  {mutant.file:14} {name}: {mutant.why}", flush=True)
+        return None if dead else name
+
+    with ThreadPoolExecutor(2) as pool:
+        healthy = pool.submit(killed, None, " ".join(files))
+        survivors = [name for name in pool.map(judge, chosen.items()) if name]
+        if healthy.result():
+            sys.exit("The tests fail without any mutant: mend them first.")
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants killed in {time.monotonic() - started:.0f} s.")
+    if survivors:
+        sys.exit(f"Survivors: {', '.join(survivors)}. Add a test that sees each.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

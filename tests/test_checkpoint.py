@@ -1,0 +1,227 @@
+"""Checkpoints: what is written comes back, nothing else does, and a file is whole or not there."""
+
+import json
+import os
+import pickle
+import random
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import draw_parameters, tiny_denoiser, tiny_images, tiny_unet
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ddpm_lib import (
+    CheckpointError,
+    Denoiser,
+    Schedule,
+    Trainer,
+    checkpoint,
+    load_denoiser,
+    pretrained,
+    save_denoiser,
+)
+from ddpm_lib.checkpoint import read_checkpoint, write_checkpoint
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A small whole checkpoint."""
+    save_denoiser(tiny_denoiser(), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("predicts", ["eps", "x0", "v", "score"])
+@pytest.mark.parametrize("schedule", [Schedule.linear(30), Schedule.cosine(7, 0.1), Schedule([0.1, 0.3])], ids=repr)
+def test_a_denoiser_comes_back_as_it_was(tmp_path, schedule, predicts):
+    denoiser = tiny_denoiser(schedule, predicts, classes=3, dropout=0.25)
+    save_denoiser(denoiser, tmp_path / "new" / "folder" / "model.safetensors")
+    again = load_denoiser(tmp_path / "new" / "folder" / "model.safetensors")
+    assert not again.training
+    assert again.predicts == predicts
+    assert again.network.config == denoiser.network.config
+    assert torch.equal(again.schedule.alpha_bar, schedule.alpha_bar)
+    x, t, label = torch.randn(3, 1, 4, 4), torch.tensor([1, 2, 2]), torch.tensor([0, 2, 3])
+    assert torch.equal(again(x, t, label).x0, denoiser.eval()(x, t, label).x0)
+
+
+def test_double_and_half_precision_weights_come_back(tmp_path):
+    for dtype in (torch.float64, torch.bfloat16):
+        tensors = {"a": torch.randn(2, 3).to(dtype), "b": torch.arange(4), "c": torch.tensor(2.5, dtype=dtype)}
+        write_checkpoint(tmp_path / "x.safetensors", "test", {"n": 1}, tensors)
+        config, found = read_checkpoint(tmp_path / "x.safetensors", "test")
+        assert config == {"n": 1}
+        assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tensors.items())
+
+
+def test_the_file_is_plain_safetensors_that_others_can_read(path):
+    with safe_open(path, framework="pt") as file:
+        assert set(file.keys()) == set(tiny_unet().state_dict())
+        assert json.loads(file.metadata()["config"])["network"]["image_size"] == 4
+    if os.name == "posix":
+        assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+# Whole or not at all
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatch, call):
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.os, call, fail)
+    with pytest.raises(KeyboardInterrupt):
+        save_denoiser(tiny_denoiser(predicts="v"), path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_the_final_name_appears_only_when_all_is_on_disk(tmp_path, monkeypatch):
+    """At the moment of the rename the temporary file is already whole and flushed."""
+    calls, replace, fsync = [], os.replace, os.fsync
+    target = tmp_path / "model.safetensors"
+
+    def watched(source, destination):
+        assert not target.exists()
+        read_checkpoint(source, "denoiser")
+        calls.append("replace")
+        replace(source, destination)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda handle: (calls.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(checkpoint.os, "replace", watched)
+    save_denoiser(tiny_denoiser(), target)
+    assert calls == ["fsync", "replace"]
+
+
+# Damage
+
+
+def test_no_flipped_bit_and_no_cut_goes_unnoticed(path, tmp_path):
+    """150 random bits flipped one at a time, 50 random cuts, and pieces added: always a CheckpointError."""
+    whole, rng = path.read_bytes(), random.Random(0)
+    damaged = []
+    for i in range(150):
+        # Every third flip hits the header, which is small beside the tensors.
+        place = rng.randrange(len(whole) if i % 3 else 1500)
+        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+    damaged += [whole[: rng.randrange(len(whole))] for _ in range(48)] + [b"", whole[:-1], whole + b"\0", whole + whole]
+    bad = tmp_path / "bad.safetensors"
+    for content in damaged:
+        bad.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"bad\.safetensors"):
+            load_denoiser(bad)
+
+
+def test_swapped_tensors_of_one_shape_are_noticed(path, tmp_path):
+    """The checksum covers names: two weights that changed places are damage, though all bytes are there."""
+    config, tensors = read_checkpoint(path, "denoiser")
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    name = "middle.0.attention.query.weight"
+    tensors[name], tensors[name.replace("query", "key")] = tensors[name.replace("query", "key")], tensors[name]
+    save_file(tensors, tmp_path / "swapped", header)
+    with pytest.raises(CheckpointError, match="checksum"):
+        load_denoiser(tmp_path / "swapped")
+    assert config["predicts"] == "eps"
+
+
+def test_a_changed_configuration_is_noticed(path, tmp_path):
+    _, tensors = read_checkpoint(path, "denoiser")
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    header["config"] = header["config"].replace('"eps"', '"x0"')
+    save_file(tensors, tmp_path / "changed", header)
+    with pytest.raises(CheckpointError, match="checksum"):
+        load_denoiser(tmp_path / "changed")
+
+
+# Files of another sort
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint at .*none\.safetensors"):
+        load_denoiser(tmp_path / "none.safetensors")
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        load_denoiser(tmp_path)
+
+
+def test_another_kind_is_refused(path, tmp_path):
+    trainer = Trainer(tiny_denoiser(), tiny_images())
+    with pytest.raises(CheckpointError, match="holds a 'denoiser' checkpoint; a 'training' one is needed"):
+        trainer.resume(path)
+    trainer.save(tmp_path / "training")
+    with pytest.raises(CheckpointError, match="holds a 'training' checkpoint; a 'denoiser' one is needed"):
+        load_denoiser(tmp_path / "training")
+
+
+def test_safetensors_of_others_are_refused(tmp_path):
+    for metadata in (None, {"format": "pt"}, {"format": "ddpm_lib 2"}):
+        save_file({"a": torch.zeros(2)}, tmp_path / "other", metadata)
+        with pytest.raises(CheckpointError, match="not a checkpoint of this library: format"):
+            load_denoiser(tmp_path / "other")
+
+
+class Bomb:
+    """Unpickling it leaves a folder behind."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_pickles_are_refused_and_never_run(tmp_path):
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"weight": Bomb(tmp_path / "fired")}))
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "torch.pt")
+    for name in ("plain.pt", "torch.pt"):
+        with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+            load_denoiser(tmp_path / name)
+    assert not (tmp_path / "fired").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"network": {"image_size": 4}},
+        {"network": {"depth": 3}, "schedule": {}, "predicts": "eps"},
+        {"network": tiny_unet().config, "schedule": {"name": "linear", "steps": 3}, "predicts": "eps"},
+        {"network": tiny_unet().config, "schedule": {"name": "quadratic"}, "predicts": "eps"},
+        {"network": tiny_unet().config, "schedule": {"name": "custom"}, "predicts": "eps"},
+        {"network": tiny_unet().config, "schedule": Schedule.linear(30).config, "predicts": "mean"},
+        [],
+        None,
+    ],
+    ids=["empty", "no schedule", "network", "schedule", "name of schedule", "custom", "predicts", "list", "null"],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(tmp_path, config):
+    """Whole files, rightly signed, by some other program."""
+    write_checkpoint(tmp_path / "odd", "denoiser", config, tiny_unet().state_dict())
+    with pytest.raises(CheckpointError, match="odd does not describe a denoiser"):
+        load_denoiser(tmp_path / "odd")
+
+
+@pytest.mark.parametrize("options", [{"base_channels": 8}, {"classes": 3}, {"channel_multipliers": (2, 2)}], ids=str)
+def test_weights_of_another_architecture_are_refused(tmp_path, options):
+    denoiser = tiny_denoiser()
+    other = Denoiser(draw_parameters(tiny_unet(**options)), denoiser.schedule)
+    write_checkpoint(tmp_path / "odd", "denoiser", checkpoint.denoiser_config(denoiser), other.network.state_dict())
+    with pytest.raises(CheckpointError, match=r"odd does not fit the model: \d+ tensors differ, the first is '"):
+        load_denoiser(tmp_path / "odd")
+
+
+def test_an_unknown_shipped_model_lists_those_there_are():
+    with pytest.raises(ValueError, match=r"no model 'cats'; it ships .*digits-classifier"):
+        pretrained("cats")
+
+
+def test_only_networks_that_can_be_built_again_are_saved(tmp_path):
+    with pytest.raises(ValueError, match="has a Linear"):
+        save_denoiser(Denoiser(torch.nn.Linear(2, 2), Schedule.linear(30)), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
