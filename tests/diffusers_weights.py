@@ -10,7 +10,8 @@ from ddpm_lib.unet import Stage
 def diffusers_twin(network: UNet) -> UNet2DModel:
     """An untrained UNet2DModel of the same architecture, set up as google/ddpm-cifar10-32 is.
 
-    ``attention_head_dim=None`` means one head; the default, 8 channels per head, is another network.
+    ``attention_head_dim=None`` means one head; the default, 8 channels per head, is another network. The first channel
+    multiplier must be 1, since diffusers' stem is as wide as its first level.
     """
     config = network.config
     multipliers, resolutions = config["channel_multipliers"], config["attention_resolutions"]

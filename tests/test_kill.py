@@ -56,7 +56,7 @@ def serve(path: Path) -> None:
 def wait_for_news(path: Path) -> None:
     """Wait until there is a new file."""
     before = path.exists() and path.stat().st_mtime_ns
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not path.exists() or path.stat().st_mtime_ns == before:
         assert time.monotonic() < deadline, "the run saves nothing"
         time.sleep(0.002)
