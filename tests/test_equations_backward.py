@@ -416,7 +416,7 @@ def test_the_best_single_variance_lies_between_the_papers_two(t, generator):
 
 
 def small_step(beta: float, x_t: float = -0.1, signal2: float = 0.9) -> tuple[float, float]:
-    """KL from the reverse of one step of size beta to two Gaussians of its mean: of its variance, and of variance beta."""
+    """KL from the reverse of one step to two Gaussians of its mean: one of its variance, one of variance beta."""
     a, centre = math.sqrt(1 - beta), x_t / math.sqrt(1 - beta)
     x = centre + math.sqrt(beta) * np.linspace(-14, 14, 8001)
     log_q = world_log_prob(x, signal2) + log_normal(x_t, a * x, beta)
