@@ -294,7 +294,9 @@ def test_the_best_noise_is_the_score(t):
         prediction = WORLD.denoiser(SHORT)(tensor(x_t)[None], t)
         from_x0 = (x_t - math.sqrt(a_bar) * (weights @ x0)) / math.sqrt(1 - a_bar)
         assert (from_score, from_x0, prediction.eps.item()) == pytest.approx((mean, mean, mean), abs=1e-6)
-        assert prediction.score.item() == pytest.approx(WORLD.noised(a_bar).score(tensor(x_t)[None]).item(), abs=1e-9)
+        score = WORLD.noised(a_bar).score(tensor(x_t)[None])
+        assert prediction.score.item() == pytest.approx(score.item(), abs=1e-9)
+        assert Prediction.of("score", score, tensor(x_t)[None], t, SHORT).eps.item() == pytest.approx(mean, abs=1e-6)
 
 
 def gaussian_world_variance(c: float, t: int, schedule: Schedule = SHORT) -> float:
