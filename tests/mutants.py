@@ -3,13 +3,13 @@
 ``make mutants`` runs them all; ``python -m tests.mutants NAME ...`` runs some.
 """
 
+import contextlib
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -439,40 +439,55 @@ MUTANTS = {
 }
 
 
-def killed(mutant: Mutant | None, tests: str) -> bool:
+def killed(mutant: Mutant | None, tests: list[str]) -> bool:
     """Whether the tests fail on a copy of the project with this mistake planted (None: with no mistake)."""
+    import pytest
+
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
+        copy = Path(folder).resolve()
         for part in ("ddpm_lib", "tests"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "browser"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         if mutant:
             file = copy / "ddpm_lib" / mutant.file
             file.write_text(file.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
-        environment = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    if done.returncode not in (0, 1):
-        sys.exit(f"pytest could not run:\n{done.stdout}\n{done.stderr}")
-    return done.returncode == 1
+        os.chdir(copy)
+        sys.path.insert(0, str(copy))
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in tests)])
+        os.chdir(ROOT)
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            raise RuntimeError(f"pytest could not run the tests of {', '.join(tests)}: {code!r}")
+        if not Path(sys.modules["ddpm_lib"].__file__).is_relative_to(copy):
+            raise RuntimeError("the tests ran against another copy of the package")
+    return code == pytest.ExitCode.TESTS_FAILED
+
+
+def judged(name: str) -> tuple[str, bool]:
+    return name, killed(MUTANTS[name], [MUTANTS[name].tests])
+
+
+def healthy(tests: str) -> tuple[str, bool]:
+    return tests, not killed(None, [tests])
 
 
 def main(names: list[str]) -> None:
     started = time.monotonic()
-    chosen = {name: MUTANTS[name] for name in names or MUTANTS}
-    files = sorted({f"tests/test_{mutant.tests}.py" for mutant in chosen.values()})
+    os.environ |= {"MPLBACKEND": "Agg", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    import hypothesis, scipy.stats, sklearn.datasets, torch  # noqa: E401, F401, I001  imported once, for every fork
 
-    def judge(item: tuple[str, Mutant]) -> str | None:
-        name, mutant = item
-        dead = killed(mutant, f"tests/test_{mutant.tests}.py")
-        print(f"{'killed  ' if dead else 'SURVIVED'}  {mutant.file:14} {name}: {mutant.why}", flush=True)
-        return None if dead else name
-
-    with ThreadPoolExecutor(2) as pool:
-        healthy = pool.submit(killed, None, " ".join(files))
-        survivors = [name for name in pool.map(judge, chosen.items()) if name]
-        if healthy.result():
-            sys.exit("The tests fail without any mutant: mend them first.")
+    chosen = names or list(MUTANTS)
+    files = sorted({MUTANTS[name].tests for name in chosen})
+    # Each in a fresh fork of this process, which has not imported the package.
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        survivors = []
+        for name, dead in pool.imap(judged, chosen, chunksize=1):
+            mutant = MUTANTS[name]
+            print(f"{'killed  ' if dead else 'SURVIVED'}  {mutant.file:14} {name}: {mutant.why}", flush=True)
+            survivors += [] if dead else [name]
+        sick = [tests for tests, well in pool.imap(healthy, files, chunksize=1) if not well]
+    if sick:
+        sys.exit(f"These tests fail without any mutant, so their verdicts mean nothing: {', '.join(sick)}.")
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants killed in {time.monotonic() - started:.0f} s.")
     if survivors:
         sys.exit(f"Survivors: {', '.join(survivors)}. Add a test that sees each.")
