@@ -378,8 +378,19 @@ MUTANTS = {
         "checkpoint",
         "damage unseen",
     ),
+    "checksum of names alone": Mutant(
+        "checkpoint.py",
+        "        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())\n",
+        "",
+        "checkpoint",
+        "flipped bits in the weights unseen",
+    ),
     "checksum without names": Mutant(
-        "checkpoint.py", 'f"\\n{name} {tensor.dtype}', 'f"\\n{tensor.dtype}', "checkpoint", "tensors may change places"
+        "checkpoint.py",
+        'f"\\n{name} {tensor.dtype}',
+        'f"\\n{tensor.dtype}',
+        "checkpoint",
+        "tensors may change their names",
     ),
     "pickles read": Mutant(
         "checkpoint.py",
