@@ -36,9 +36,11 @@ class GaussianMixture:
             covariances = covariances[:, None, None] * torch.eye(d, dtype=torch.float64)
         if covariances.shape != (K, d, d):
             raise ValueError(f"covariances must have shape ({K}, {d}, {d}) or ({K},); got {tuple(covariances.shape)}.")
-        if torch.linalg.eigvalsh(covariances).min() < 0 or not torch.equal(covariances, covariances.mT):
+        asymmetry, eigenvalues = float((covariances - covariances.mT).abs().max()), torch.linalg.eigvalsh(covariances)
+        if asymmetry > 0 or eigenvalues.min() < -1e-12 * eigenvalues.abs().max():
             raise ValueError(
-                f"covariances must be symmetric and have no negative eigenvalue; got {covariances.tolist()}."
+                "covariances must be symmetric and have no negative eigenvalue; "
+                f"got an asymmetry of {asymmetry:g} and a smallest eigenvalue of {float(eigenvalues.min())}."
             )
         self.weights = self.weights / self.weights.sum()
         self.covariances = covariances

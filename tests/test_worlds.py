@@ -81,6 +81,20 @@ def test_a_point_may_be_data(generator):
     torch.testing.assert_close(world.denoise(x_t, 0.3), torch.tanh(math.sqrt(0.3) * x_t / 0.7), rtol=1e-10, atol=1e-13)
 
 
+def test_a_line_in_the_plane_may_be_data(generator):
+    """A covariance of rank one, whose other eigenvalue is zero up to rounding; the reverse law lies on the line too."""
+    direction = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    world = Gaussian([1.0, 2.0], direction.outer(direction))
+    off = world.sample(50, generator) - world.mean
+    assert (off[:, 0] * 0.7 - off[:, 1] * 0.3).abs().max() < 1e-7
+    cloud = torch.randn(40, 5, dtype=torch.float64, generator=generator)
+    cloud = torch.cat([cloud, cloud[:, :1] - cloud[:, 1:2], 2 * cloud[:, :1]], dim=1)
+    covariance = cloud.T.cov()
+    world = Gaussian(cloud.mean(0), (covariance + covariance.T) / 2)
+    law = world.reverse(torch.randn(7, dtype=torch.float64, generator=generator), 5, 0, SCHEDULE)
+    assert float(law.mean[5]) == pytest.approx(float(law.mean[0] - law.mean[1]), abs=1e-9)
+
+
 @pytest.mark.parametrize("alpha_bar", [0.0, 0.01, 0.6, 0.999, 1.0])
 def test_the_noised_law_is_a_convolution(alpha_bar):
     noised = LINE.noised(alpha_bar)
