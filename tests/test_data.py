@@ -5,8 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from ddpm_lib import data, digit_classifier, digits, pretrained, spiral
-from ddpm_lib.checkpoint import shipped
+from ddpm_lib import Gaussian, data, digit_classifier, digits, pretrained, spiral
 
 
 def test_digits_are_those_of_scikit_learn():
@@ -74,19 +73,30 @@ def test_the_shipped_classifier_reads_real_test_digits():
     assert not any(parameter.requires_grad for parameter in classifier.parameters())
 
 
-@pytest.mark.skipif(
-    not shipped("digits-classifier").with_name("digits.safetensors").exists(), reason="no model shipped"
-)
-def test_the_shipped_denoiser_removes_noise_from_real_digits(generator):
-    """At a middling step its guess of x0 is far nearer to the truth than the noisy image, and better with the label."""
+@pytest.mark.parametrize("t", [50, 100, 250])
+def test_the_shipped_denoiser_beats_the_best_linear_guess_on_real_test_digits(t, generator):
+    """Its guess of x0 is nearer to the truth than that of the Gaussian fitted to the training digits.
+
+    At later steps a linear guess is almost the best there is: at t = 500 the two are level (0.264 and 0.269).
+    """
+    denoiser = pretrained("digits")
+    schedule, images, train = denoiser.schedule, digits("test")[0], digits("train")[0].flatten(1).double()
+    x_t = schedule.q_sample(images, t, torch.randn(images.shape, generator=generator))
+    covariance = train.T.cov()
+    gaussian = Gaussian(train.mean(0), (covariance + covariance.T) / 2)
+    linear = gaussian.denoise(x_t.flatten(1), float(schedule.alpha_bar[t])).view_as(images)
+    with torch.no_grad():
+        guess = denoiser(x_t, t).x0
+    ours, theirs = ((x0.clamp(-1, 1) - images).square().mean() for x0 in (guess, linear))
+    assert ours < theirs
+
+
+def test_the_shipped_denoiser_knows_its_labels(generator):
+    """At a step where the digit can hardly be seen, the right label helps and a wrong one harms."""
     denoiser = pretrained("digits")
     images, labels = digits("test")
-    schedule = denoiser.schedule
-    t = schedule.T // 2
-    x_t = schedule.q_sample(images, t, torch.randn(images.shape, generator=generator))
+    x_t = denoiser.schedule.q_sample(images, 500, torch.randn(images.shape, generator=generator))
     with torch.no_grad():
-        error = (denoiser(x_t, t).x0.clamp(-1, 1) - images).square().mean()
-        with_label = (denoiser(x_t, t, labels).x0.clamp(-1, 1) - images).square().mean()
-    average = digits("train")[0].mean(0)
-    assert error < 0.8 * (average - images).square().mean()
-    assert with_label < error
+        guesses = [denoiser(x_t, 500, label).x0 for label in (labels, None, (labels + 1) % 10)]
+    right, none, wrong = ((x0.clamp(-1, 1) - images).square().mean() for x0 in guesses)
+    assert right < none < wrong
