@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from importlib import resources
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def write_checkpoint(path: str | Path, kind: str, config: dict, tensors: dict[st
     """Write tensors and their configuration to one file: whole under its final name, or not at all.
 
     The file is written beside its destination, flushed to disk and renamed, so that a reader or a killed process
-    never sees half of it.
+    never sees half of it. One process at a time may write to a path.
     """
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -37,16 +36,15 @@ def write_checkpoint(path: str | Path, kind: str, config: dict, tensors: dict[st
     header["sha256"] = _digest(header, tensors)
     data = to_bytes(tensors, header)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -363,8 +363,8 @@ MUTANTS = {
     # checkpoint.py
     "write in place": Mutant(
         "checkpoint.py",
-        'handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")',
-        "handle, temporary = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), path",
+        'temporary = path.with_name(f".{path.name}.tmp")',
+        "temporary = path",
         "checkpoint",
         "a killed process leaves half a file",
     ),
