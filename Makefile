@@ -30,6 +30,7 @@ book: $(INSTALLED) ## run every chapter and build the book in _build/html
 	@cmp -s _build/.inputs.new _build/.inputs || rm -rf _build/.jupyter_cache
 	@mv _build/.inputs.new _build/.inputs
 	$(BIN)/python tools/vendor.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.execute_chapters _build/.jupyter_cache $(CHAPTERS)
 	$(BIN)/jupyter-book build . --all --warningiserror --nitpick --keep-going
 	@echo "The book is built. Open $(CURDIR)/$(HTML), or run: make serve"
 
@@ -58,13 +59,13 @@ format: $(INSTALLED) ## mend style and format
 	$(BIN)/ruff format .
 
 notebooks: $(INSTALLED) ## run every chapter in place and store its text outputs
-	$(BIN)/python -m tools.run_notebooks $(CHAPTERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.run_notebooks $(CHAPTERS)
 
 mutants: $(INSTALLED) ## plant mistakes in copies of ddpm_lib: the tests must notice each
 	$(BIN)/python -m tests.mutants
 
 colab: wheel ## run every chapter as Colab does: alone in a folder, torch already there
-	$(BIN)/python -m tools.colab dist/ddpm_lib-*.whl $(CHAPTERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.colab dist/ddpm_lib-*.whl $(CHAPTERS)
 
 wheel: $(INSTALLED) ## build the wheel of ddpm_lib, data and models included, in dist
 	rm -rf build dist
