@@ -17,10 +17,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import draw_parameters, tiny_unet
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers_weights import diffusers_twin, to_diffusers
+from tiny_models import draw_parameters, tiny_unet
 from torch import nn
 
 from ddpm_lib import Denoiser, Schedule, UNet, sample_steps

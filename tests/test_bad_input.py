@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_denoiser, tiny_images, tiny_unet
+from tiny_models import tiny_denoiser, tiny_images, tiny_unet
 from torch import nn
 
 from ddpm_lib import (

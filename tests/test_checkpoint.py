@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import draw_parameters, tiny_denoiser, tiny_images, tiny_unet
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny_models import draw_parameters, tiny_denoiser, tiny_images, tiny_unet
 
 from ddpm_lib import (
     CheckpointError,

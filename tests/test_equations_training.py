@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_denoiser, tiny_images
 from scipy import stats
+from tiny_models import tiny_denoiser, tiny_images
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_denoiser, tiny_images
+from tiny_models import tiny_denoiser, tiny_images
 from torch import nn
 
 from ddpm_lib import Denoiser, Prediction, Schedule, simple_loss

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_denoiser
 from scipy import stats
+from tiny_models import tiny_denoiser
 from torch import nn
 
 from ddpm_lib import (

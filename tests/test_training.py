@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import draw_parameters, tiny_denoiser, tiny_images, tiny_unet
+from tiny_models import draw_parameters, tiny_denoiser, tiny_images, tiny_unet
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

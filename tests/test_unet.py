@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import draw_parameters, tiny_unet
+from tiny_models import draw_parameters, tiny_unet
 
 from ddpm_lib import UNet
 from ddpm_lib.unet import Attention, Downsample, ResidualBlock, TimeEmbedding, Upsample, attend
