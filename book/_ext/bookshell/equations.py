@@ -2,6 +2,7 @@
 
 import sys
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 PAGE = "book/checks"  # the page that shows every check
@@ -12,23 +13,23 @@ def anchor(label: str) -> str:
 
 
 @cache
-def scanner(root: str) -> ModuleType:
+def scanner(root: Path) -> ModuleType:
     """The scanner is a script of the repository, not of an installed package: it is found beside the book."""
-    sys.path.insert(0, root)
+    sys.path.insert(0, str(root))
     try:
         from tools import equations
     finally:
-        sys.path.remove(root)
+        sys.path.remove(str(root))
     return equations
 
 
 @cache
-def checks(root: str) -> dict[str, list]:
+def checks(root: Path) -> dict[str, list]:
     """Label -> tests."""
     return scanner(root).checks(root)
 
 
 @cache
-def labels(root: str) -> dict[str, str]:
+def labels(root: Path) -> dict[str, str]:
     """Label -> page, in the order of each page."""
     return scanner(root).labels(root)
