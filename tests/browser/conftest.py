@@ -67,7 +67,7 @@ def contexts(browser):
     windows = {}
     for width, theme in product(WIDTHS, ("light", "dark")):
         window = browser.new_context(viewport={"width": WIDTHS[width], "height": 800}, color_scheme=theme)
-        window.set_default_timeout(60_000)
+        window.set_default_timeout(180_000)
         windows[width, theme] = window
     return windows
 
