@@ -72,7 +72,7 @@ wheel: $(INSTALLED) ## build the wheel of ddpm_lib, data and models included, in
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 digits: $(INSTALLED) ## train the shipped digits model again
-	$(BIN)/python -m recipes.digits
+	$(BIN)/python -m scripts.digits
 
 address: ## carry the public address everywhere: make address REPOSITORY=owner/name
 	$(PYTHON) -m tools.address $(REPOSITORY)

@@ -18,7 +18,7 @@ def digits(split: str = "train") -> tuple[Tensor, Tensor]:
     neighbouring levels lie 1/8 apart.
 
     Source: Alpaydin and Kaynak (1998), the test part of the UCI set, as in scikit-learn; the file is made by
-    ``recipes.digits_data``.
+    ``scripts.digits_data``.
     """
     parts = {"train": slice(None, TRAIN), "test": slice(TRAIN, None), "all": slice(None)}
     if split not in parts:

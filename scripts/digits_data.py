@@ -1,4 +1,4 @@
-"""Write the digits that the package ships, from scikit-learn's copy: ``python -m recipes.digits_data``."""
+"""Write the digits that the package ships, from scikit-learn's copy: ``python -m scripts.digits_data``."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Draw the picture of the README, the shipped model undoing noise: ``python -m recipes.picture``."""
+"""Draw the picture of the README, the shipped model undoing noise: ``python -m scripts.picture``."""
 
 import torch
 

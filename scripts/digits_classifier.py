@@ -1,4 +1,4 @@
-"""Train the digit classifier that the package ships: ``python -m recipes.digits_classifier``.
+"""Train the digit classifier that the package ships: ``python -m scripts.digits_classifier``.
 
 It sees the 1,347 training digits, shifted by up to one pixel and with a little noise; the 450 test digits only
 measure it. The run takes a minute or two on one core.

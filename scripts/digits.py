@@ -1,6 +1,6 @@
 """Train the digits model that the package ships, and measure it: ``make digits``.
 
-The run saves itself every 500 steps and goes on from there if it is stopped. ``python -m recipes.digits --measure``
+The run saves itself every 500 steps and goes on from there if it is stopped. ``python -m scripts.digits --measure``
 only measures the shipped file.
 """
 
