@@ -2,7 +2,7 @@
 
 from . import plots
 from .checkpoint import CheckpointError, load_denoiser, pretrained, save_denoiser
-from .classifier import DigitClassifier, digit_classifier
+from .classifier import Classifier, pretrained_classifier
 from .data import digits, spiral
 from .loss import simple_loss
 from .metrics import frechet_distance
@@ -16,8 +16,8 @@ from .worlds import Gaussian, GaussianMixture
 __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
+    "Classifier",
     "Denoiser",
-    "DigitClassifier",
     "Gaussian",
     "GaussianMixture",
     "Prediction",
@@ -27,12 +27,12 @@ __all__ = [
     "Trainer",
     "UNet",
     "best_device",
-    "digit_classifier",
     "digits",
     "frechet_distance",
     "load_denoiser",
     "plots",
     "pretrained",
+    "pretrained_classifier",
     "sample",
     "sample_steps",
     "save_denoiser",

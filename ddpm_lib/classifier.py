@@ -1,4 +1,4 @@
-"""A small classifier of the digits, used only to judge samples: it reads their label and gives their features."""
+"""A small classifier of images, used only to judge samples: it reads their label and gives their features."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from torch import Tensor, nn
 from .checkpoint import fit_state, read_checkpoint, shipped
 
 
-class DigitClassifier(nn.Module):
-    """Three convolutions and two linear layers on 8 x 8 images in [-1, 1]."""
+class Classifier(nn.Module):
+    """Three convolutions and two linear layers on square grey images in [-1, 1], for 10 classes."""
 
-    def __init__(self, width: int = 32, features: int = 64):
+    def __init__(self, image_size: int = 8, width: int = 32, features: int = 64):
         super().__init__()
-        self.config = {"width": width, "features": features}
+        self.config = {"image_size": image_size, "width": width, "features": features}
         self.conv_1 = nn.Conv2d(1, width, 3, padding=1)
         self.conv_2 = nn.Conv2d(width, 2 * width, 3, padding=1)
         self.conv_3 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
         self.dropout = nn.Dropout(0.3)
-        self.linear = nn.Linear(2 * width * 4, features)
+        self.linear = nn.Linear(2 * width * (image_size // 4) ** 2, features)
         self.head = nn.Linear(features, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        """Features (B, 64), in which Frechet distances are measured, of images (B, 1, 8, 8)."""
-        if images.shape[1:] != (1, 8, 8):
-            raise ValueError(f"the digit classifier reads images of shape (B, 1, 8, 8); got {tuple(images.shape)}.")
+        """Features (B, 64), in which Frechet distances are measured, of images (B, 1, image_size, image_size)."""
+        size = self.config["image_size"]
+        if images.shape[1:] != (1, size, size):
+            raise ValueError(
+                f"this classifier reads images of shape (B, 1, {size}, {size}); got {tuple(images.shape)}."
+            )
         h = F.relu(self.conv_1(images))
         h = F.max_pool2d(F.relu(self.conv_2(h)), 2)
         h = F.max_pool2d(F.relu(self.conv_3(h)), 2)
@@ -35,10 +38,13 @@ class DigitClassifier(nn.Module):
         return self.head(self.features(images))
 
 
-def digit_classifier() -> DigitClassifier:
-    """The trained classifier that the package ships, in evaluation mode, with frozen weights."""
-    path = shipped("digits-classifier")
+def pretrained_classifier(name: str = "digits") -> Classifier:
+    """A trained classifier that the package ships, in evaluation mode, with frozen weights.
+
+    ``name`` is 'digits' or 'fashion-mnist'.
+    """
+    path = shipped(f"{name}-classifier")
     config, tensors = read_checkpoint(path, "classifier")
-    model = DigitClassifier(**config)
+    model = Classifier(**config)
     fit_state(model, tensors, str(path))
     return model.eval().requires_grad_(False)

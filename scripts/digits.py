@@ -15,10 +15,10 @@ from ddpm_lib import (
     Schedule,
     Trainer,
     UNet,
-    digit_classifier,
     digits,
     frechet_distance,
     pretrained,
+    pretrained_classifier,
     sample,
     save_denoiser,
 )
@@ -60,7 +60,7 @@ def train() -> None:
 
 def measure() -> None:
     """Print what the model card states: 450 samples, as many as there are real test digits."""
-    classifier = digit_classifier()
+    classifier = pretrained_classifier()
     train_images, test_images = digits("train")[0], digits("test")[0]
     train_features, test_features = classifier.features(train_images), classifier.features(test_images)
     label = torch.arange(450) % 10

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm_lib import DigitClassifier, digits
+from ddpm_lib import Classifier, digits
 from ddpm_lib.checkpoint import write_checkpoint
 
 from .digits_data import TARGET
@@ -25,7 +25,7 @@ def augment(images: Tensor) -> Tensor:
     return shifted + 0.1 * torch.randn_like(shifted)
 
 
-def accuracy(model: DigitClassifier, images: Tensor, labels: Tensor) -> float:
+def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
     model.eval()
     with torch.no_grad():
         return float((model(images).argmax(1) == labels).double().mean())
@@ -35,7 +35,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     images, labels = digits("train")
-    model = DigitClassifier()
+    model = Classifier()
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     total = EPOCHS * -(-len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=2e-3, total_steps=total)

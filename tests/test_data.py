@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from ddpm_lib import Gaussian, data, digit_classifier, digits, pretrained, spiral
+from ddpm_lib import Gaussian, data, digits, pretrained, pretrained_classifier, spiral
 
 
 def test_digits_are_those_of_scikit_learn():
@@ -66,7 +66,7 @@ def test_the_spiral_winds_once_and_a_half(generator):
 
 def test_the_shipped_classifier_reads_real_test_digits():
     images, labels = digits("test")
-    classifier = digit_classifier()
+    classifier = pretrained_classifier()
     assert float((classifier(images).argmax(1) == labels).double().mean()) > 0.99
     assert classifier.features(images).shape == (450, 64)
     assert not classifier.training
