@@ -160,8 +160,8 @@ def image_folder(folder: str | Path, image_size: int) -> tuple[Tensor, Tensor | 
     images = torch.empty(len(names), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
         pictures = pool.map(lambda name: _read_picture(folder / name, size, sums.get(name)), names)
-        for image, picture in zip(images, pictures):
-            image.copy_(torch.from_numpy(picture).permute(2, 0, 1))
+        for i, picture in enumerate(pictures):
+            images[i] = torch.from_numpy(picture).permute(2, 0, 1)
     classes = {name.partition("/")[0]: None for name in names}
     if len(classes) < 2 or not all("/" in name for name in names):
         return images, None
