@@ -18,6 +18,7 @@ from .schedule import Schedule
 from .unet import UNet
 
 FORMAT = "ddpm_lib 1"
+MODELS = Path(str(resources.files(__package__) / "models"))
 
 
 class CheckpointError(ValueError):
@@ -30,11 +31,14 @@ def write_checkpoint(path: str | Path, kind: str, config: dict, tensors: dict[st
     The file is written beside its destination, flushed to disk and renamed, so that a reader or a killed process
     never sees half of it. One process at a time may write to a path.
     """
-    path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"format": FORMAT, "kind": kind, "config": json.dumps(config, sort_keys=True)}
     header["sha256"] = _digest(header, tensors)
-    data = to_bytes(tensors, header)
+    write_file(Path(path), to_bytes(tensors, header))
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write beside the destination, flush to disk, rename: the file is whole or it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -48,8 +52,8 @@ def write_checkpoint(path: str | Path, kind: str, config: dict, tensors: dict[st
         raise
 
 
-def read_checkpoint(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
-    """Configuration and tensors of a file that ``write_checkpoint`` wrote.
+def read_checkpoint(path: str | Path, *kinds: str) -> tuple[dict, dict[str, Tensor]]:
+    """Configuration and tensors of a file of one of these kinds that ``write_checkpoint`` wrote.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, of another kind, or damaged.
@@ -67,8 +71,9 @@ def read_checkpoint(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor
         raise CheckpointError(f"{path} is not a checkpoint of this library: format {header.get('format')!r}.")
     if header.get("sha256") != _digest(header, tensors):
         raise CheckpointError(f"{path} is damaged: its contents do not match their checksum. Take another copy.")
-    if header["kind"] != kind:
-        raise CheckpointError(f"{path} holds a {header['kind']!r} checkpoint; a {kind!r} one is needed here.")
+    if header["kind"] not in kinds:
+        needed = " or ".join(map(repr, kinds))
+        raise CheckpointError(f"{path} holds a {header['kind']!r} checkpoint; a {needed} one is needed here.")
     return json.loads(header["config"]), tensors
 
 
@@ -111,8 +116,11 @@ def save_denoiser(denoiser: Denoiser, path: str | Path) -> None:
 
 
 def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
-    """The denoiser that ``save_denoiser`` wrote, in evaluation mode."""
-    config, tensors = read_checkpoint(path, "denoiser")
+    """The denoiser that ``save_denoiser`` wrote, in evaluation mode; of a training checkpoint, the averaged one."""
+    config, tensors = read_checkpoint(path, "denoiser", "training")
+    if "denoiser" in config:
+        config = config["denoiser"]
+        tensors = {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")}
     try:
         network = UNet(**config["network"])
         denoiser = Denoiser(network, Schedule.from_config(config["schedule"]), config["predicts"])
@@ -128,12 +136,14 @@ def shipped(name: str) -> Path:
     Raises:
         ValueError: no such model; the message lists those there are.
     """
-    folder = Path(str(resources.files(__package__) / "models"))
-    path = folder / f"{name}.safetensors"
-    if not path.is_file():
-        names = sorted(file.stem for file in folder.glob("*.safetensors"))
-        raise ValueError(f"the package ships no model {name!r}; it ships {', '.join(names) or 'none'}.")
-    return path
+    if name not in shipped_names():
+        raise ValueError(f"the package ships no model {name!r}; it ships {', '.join(shipped_names()) or 'none'}.")
+    return MODELS / f"{name}.safetensors"
+
+
+def shipped_names() -> list[str]:
+    """Names of the models that the package ships."""
+    return sorted(file.stem for file in MODELS.glob("*.safetensors"))
 
 
 def pretrained(name: str = "digits", device: str | torch.device = "cpu") -> Denoiser:

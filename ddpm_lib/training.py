@@ -5,21 +5,28 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import CheckpointError, denoiser_config, fit_state, read_checkpoint, write_checkpoint
 from .loss import simple_loss
 from .prediction import Denoiser
 from .schedule import _positive_int
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+LOOK_EVERY = 100  # steps between two looks at whether the numbers are still finite: a look waits for the device
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was NaN or infinite. The weights are those from before: such a step changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class TrainStep:
 
     Attributes:
         step: how many steps have been made, 1 for the first.
-        t, losses: steps of the noising process and losses of the batch, (B,).
+        t, losses: steps of the noising process and losses of the whole batch, (B,), over all processes.
         grad_norm: norm of the gradient before clipping, ().
         learning_rate: used in this step.
     """
@@ -51,11 +58,19 @@ class Trainer:
     The batch, the steps t, the noise and the dropout of a training step depend only on ``seed`` and on the number of
     that step. So ``run(n)``, save, resume, ``run(n)`` gives the bits of ``run(2 * n)``.
 
+    Under ``torchrun``, after ``torch.distributed.init_process_group``, the processes share each batch, and all keep the
+    same weights and the same average. Batch, steps and noise do not depend on how many processes share them, nor on
+    ``accumulate``; dropout's masks do.
+
+    A NaN or infinite gradient never reaches the weights: the optimiser leaves out that step.
+
     Args:
         denoiser: trained in place, on ``device``.
-        images: float tensor (N, C, H, W) in [-1, 1]; it moves to the device whole.
+        images: (N, C, H, W), floats in [-1, 1] or uint8, which the device turns into floats batch by batch; they move
+            to the device whole.
         labels: whole numbers (N,), for a class-conditional network.
-        batch_size: images per step.
+        batch_size: images per step, over all processes.
+        accumulate: parts in which a process works through its share of a batch, to save memory.
         learning_rate: of Adam.
         warmup: steps over which the learning rate rises linearly from 0.
         decay_steps: if given, the learning rate falls linearly to 2% at this step, and stays there.
@@ -64,8 +79,12 @@ class Trainer:
             the paper's constant.
         clip_norm: the gradient is scaled down to this norm if it is longer.
         label_dropout: share of labels replaced by "no label", for classifier-free guidance.
-        precision: of the forward pass: 'float32', 'bfloat16' (autocast), or 'auto' for bfloat16 where the hardware
-            computes in it.
+        flip: mirror each image with probability one half.
+        precision: of the forward pass: 'float32', 'bfloat16' or 'float16' (autocast; the latter with a loss scale that
+            adapts), or 'auto' for bfloat16 where the hardware computes in it.
+        compile: let ``torch.compile`` fuse the network; worth its minutes on a GPU only.
+        channels_last: lay images and weights out with channels innermost, which the GPU's convolutions prefer.
+        nonfinite: 'stop' raises NonFiniteError within 100 steps of a NaN or infinite gradient; 'skip' goes on.
         seed: of all randomness in training.
         device: 'cpu', 'cuda' or 'mps'.
 
@@ -79,6 +98,7 @@ class Trainer:
         labels: Tensor | None = None,
         *,
         batch_size: int = 128,
+        accumulate: int = 1,
         learning_rate: float = 2e-4,
         warmup: int = 5000,
         decay_steps: int | None = None,
@@ -86,13 +106,22 @@ class Trainer:
         ema_warmup: bool = True,
         clip_norm: float = 1.0,
         label_dropout: float = 0.1,
+        flip: bool = False,
         precision: str = "auto",
+        compile: bool = False,  # noqa: A002
+        channels_last: bool = False,
+        nonfinite: str = "stop",
         seed: int = 0,
         device: str | torch.device = "cpu",
     ):
         check_images(images)
         _check_labels(denoiser, images, labels)
-        _positive_int("batch_size", batch_size)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        parts = world * _positive_int("accumulate", accumulate)
+        if _positive_int("batch_size", batch_size) % parts:
+            raise ValueError(
+                f"batch_size must be a multiple of processes x accumulate = {world} x {accumulate}; got {batch_size}."
+            )
         if warmup < 0 or (decay_steps is not None and decay_steps <= warmup):
             raise ValueError(f"need 0 <= warmup < decay_steps; got warmup = {warmup}, decay_steps = {decay_steps}.")
         for name, value in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
@@ -105,6 +134,8 @@ class Trainer:
             raise ValueError(f"seed must be a whole number, 0 or more; got {seed!r}.")
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}.")
+        if nonfinite not in ("stop", "skip"):
+            raise ValueError(f"nonfinite must be 'stop' or 'skip'; got {nonfinite!r}.")
         self.options = {
             "batch_size": batch_size,
             "learning_rate": learning_rate,
@@ -114,51 +145,115 @@ class Trainer:
             "ema_warmup": ema_warmup,
             "clip_norm": clip_norm,
             "label_dropout": label_dropout,
+            "flip": flip,
             "precision": precision,
             "seed": seed,
         }
+        self.accumulate, self.nonfinite = accumulate, nonfinite
         self.device = torch.device(device)
         self.data_sha256 = _fingerprint(images, labels)
-        self.images = images.to(self.device, torch.float32)
+        self.images = images.to(self.device)
         self.labels = None if labels is None else labels.to(self.device)
-        self.denoiser = denoiser.to(self.device)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.denoiser = denoiser.to(self.device, memory_format=layout)
         self.ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
-        self.autocast = torch.autocast(
-            self.device.type,
-            torch.bfloat16,
-            enabled=precision == "bfloat16" or (precision == "auto" and _has_bfloat16(self.device)),
-        )
+        self.autocast, self.scaler = _mixed_precision(precision, self.device)
+        self.rank, self.world = (dist.get_rank(), world) if world > 1 else (0, 1)
+        self.parallel = denoiser.network
+        if world > 1:
+            self.parallel = DistributedDataParallel(
+                denoiser.network, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        network = torch.compile(self.parallel) if compile else self.parallel
+        self.model = Denoiser(network, denoiser.schedule, denoiser.predicts)  # the same weights, as a step calls them
         self.parameters = list(denoiser.parameters())
         self.averages = list(self.ema.parameters())
         self.optimiser = torch.optim.Adam(self.parameters, lr=learning_rate, fused=self.device.type != "mps")
         self.step = 0
+        self.first_bad = torch.zeros((), dtype=torch.long, device=self.device)  # the first non-finite step, or 0
 
     def run(self, steps: int) -> Iterator[TrainStep]:
-        """Make this many more optimiser steps, and yield after each."""
+        """Make this many more optimiser steps, and yield after each.
+
+        Raises:
+            NonFiniteError: a loss or gradient was NaN or infinite, and ``nonfinite`` is 'stop'.
+        """
         for _ in range(_positive_int("steps", steps)):
-            yield self._one_step()
+            step = self._one_step()
+            if self.step % LOOK_EVERY == 0:
+                self.check_finite()
+            yield step
 
     def _one_step(self) -> TrainStep:
-        options = self.options
         learning_rate = self._learning_rate()
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate
-        index = self._batch()
         self.denoiser.train()
-        with keyed_randomness(options["seed"], self.step, self.device):
-            x0 = self.images[index]
-            label = self._drop_labels(index)
-            t = torch.randint(1, self.denoiser.schedule.T + 1, (len(index),), device=self.device)
-            eps = torch.randn_like(x0)
-            with self.autocast:
-                losses = simple_loss(self.denoiser, x0, t, eps, label)
         self.optimiser.zero_grad()
-        losses.mean().backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, options["clip_norm"])
-        self.optimiser.step()
+        with keyed_randomness(self.options["seed"], self.step, self.device):
+            batch = self._batch()
+            losses = self._gradient(batch)
+        grad_norm = self._descend()
+        self._note_nonfinite(losses, grad_norm)
         self._average()
         self.step += 1
-        return TrainStep(self.step, t, losses.detach(), grad_norm, learning_rate)
+        return TrainStep(self.step, batch[1], losses, grad_norm, learning_rate)
+
+    def _gradient(self, batch: tuple[Tensor | None, ...]) -> Tensor:
+        """Add up this process's share of the gradient; the losses of the whole batch."""
+        share = self.options["batch_size"] // self.world
+        size = share // self.accumulate
+        starts = [self.rank * share + i * size for i in range(self.accumulate)]
+        losses = []
+        for start in starts:
+            place = slice(start, start + size)
+            if start > 0:  # dropout differs from part to part; the first part goes on with the stream of the batch
+                _seed_everything(self.options["seed"], self.step, start)
+            wait = self.world > 1 and start != starts[-1]  # the processes average their gradients at the last part
+            with self.parallel.no_sync() if wait else nullcontext():
+                with self.autocast:
+                    mine = simple_loss(self.model, *(None if part is None else part[place] for part in batch))
+                self.scaler.scale(mine.mean() / self.accumulate).backward()
+            losses.append(mine.detach())
+        return self._gather(torch.cat(losses))
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """The values of all processes, one after the other."""
+        if self.world == 1:
+            return values
+        gathered = values.new_empty(self.world * len(values))
+        dist.all_gather_into_tensor(gathered, values)
+        return gathered
+
+    def _descend(self) -> Tensor:
+        """Clip the gradient and make the optimiser's step, unless the gradient is not finite; its norm before."""
+        self.scaler.unscale_(self.optimiser)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options["clip_norm"])
+        if self.scaler.is_enabled():  # it leaves out non-finite steps itself, and then lowers its scale
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+        elif self.optimiser.defaults["fused"]:
+            self.optimiser.found_inf = (~grad_norm.isfinite()).float()  # Adam leaves out the step if this is 1
+            self.optimiser.step()
+        elif grad_norm.isfinite():
+            self.optimiser.step()
+        return grad_norm
+
+    def _note_nonfinite(self, losses: Tensor, grad_norm: Tensor) -> None:
+        bad = ~losses.isfinite().all()
+        if not self.scaler.is_enabled():  # a scale that was too large makes infinite gradients, and is mended at once
+            bad = bad | ~grad_norm.isfinite()
+        self.first_bad = torch.where(bad & (self.first_bad == 0), self.step + 1, self.first_bad)
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteError if a loss or gradient was not finite since the last look; waits for the device."""
+        step, self.first_bad = int(self.first_bad), torch.zeros_like(self.first_bad)
+        if step and self.nonfinite == "stop":
+            raise NonFiniteError(
+                f"the loss or its gradient was NaN or infinite at step {step}; that step did not touch the weights. "
+                "Go on from the last checkpoint with a lower learning_rate, a longer warmup or precision='float32'; "
+                "look for NaN in the images. nonfinite='skip' leaves out such steps and goes on."
+            )
 
     def _learning_rate(self) -> float:
         rate, warmup, end = (self.options[name] for name in ("learning_rate", "warmup", "decay_steps"))
@@ -168,12 +263,25 @@ class Trainer:
             return rate
         return rate * max(1 - (self.step - warmup) / (end - warmup), 0.02)
 
-    def _batch(self) -> Tensor:
-        """Indices of this step's images: each epoch is a new order of all images, keyed on seed and epoch."""
+    def _batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Images, steps, noise and labels of the whole batch, the same in every process.
+
+        Each epoch is a new order of all images, keyed on seed and epoch.
+        """
         size, total = self.options["batch_size"], len(self.images)
         place = np.arange(self.step * size, (self.step + 1) * size)
         index = np.array([_order(self.options["seed"], p // total, total)[p % total] for p in place])
-        return torch.from_numpy(index).to(self.device, non_blocking=True)
+        index = torch.from_numpy(index).to(self.device, non_blocking=True)
+        x0 = self.images[index]
+        if x0.dtype == torch.uint8:
+            x0 = x0 / 127.5 - 1
+        x0 = x0.float()
+        label = self._drop_labels(index)
+        t = torch.randint(1, self.denoiser.schedule.T + 1, (size,), device=self.device)
+        eps = torch.randn_like(x0)
+        if self.options["flip"]:
+            x0 = torch.where(torch.rand(size, 1, 1, 1, device=self.device) < 0.5, x0.flip(3), x0)
+        return x0, t, eps, label
 
     def _drop_labels(self, index: Tensor) -> Tensor | None:
         if self.labels is None:
@@ -189,11 +297,17 @@ class Trainer:
             torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
 
     def save(self, path: str | Path) -> None:
-        """Write everything that ``resume`` needs to one file, whole or not at all."""
+        """Write everything that ``resume`` needs to one file, whole or not at all; under torchrun in one process only.
+
+        Raises:
+            NonFiniteError: as ``run`` does; then nothing is written.
+        """
+        self.check_finite()
         tensors = {f"network.{k}": v for k, v in self.denoiser.network.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.network.state_dict().items()}
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
+        tensors |= {f"scaler.{k}": torch.tensor(v) for k, v in self.scaler.state_dict().items()}
         config = {
             "denoiser": denoiser_config(self.denoiser),
             "options": self.options,
@@ -213,7 +327,7 @@ class Trainer:
         for name, value in ours.items():
             if config.get(name) != value:
                 raise CheckpointError(f"{path} does not fit this run: {_difference(name, config.get(name), value)}.")
-        parts: dict[str, dict] = {"network": {}, "ema": {}, "adam": {}}
+        parts: dict[str, dict] = {"network": {}, "ema": {}, "adam": {}, "scaler": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
@@ -224,25 +338,31 @@ class Trainer:
             i, _, entry = name.partition(".")
             state.setdefault(int(i), {})[entry] = tensor
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+        self.scaler.load_state_dict({name: value.item() for name, value in parts["scaler"].items()})
         self.step = config["step"]
 
 
 @contextmanager
 def keyed_randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
     """Random numbers that depend on (seed, step) alone; the caller's own stream is left as it was."""
-    key = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(key)
+        _seed_everything(seed, step)
         yield
 
 
+def _seed_everything(*key: int) -> None:
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
 def check_images(images: Tensor) -> None:
-    """Raise ValueError unless images are float (N, C, H, W), N > 0, finite, in [-1, 1]."""
-    if not images.is_floating_point():
-        raise ValueError(f"images must be floats in [-1, 1]; got {images.dtype}. For 0..255 use images / 127.5 - 1.")
+    """Raise ValueError unless images are (N, C, H, W), N > 0, of uint8 or of finite floats in [-1, 1]."""
+    if not images.is_floating_point() and images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, or floats in [-1, 1]; got {images.dtype}.")
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"images must have shape (N, C, H, W) with N > 0; got {tuple(images.shape)}.")
+    if images.dtype == torch.uint8:
+        return
     low, high = float(images.min()), float(images.max())
     if not (low >= -1 and high <= 1):
         raise ValueError(f"images must lie in [-1, 1]; got values from {low:g} to {high:g}.")
@@ -256,7 +376,8 @@ def best_device() -> torch.device:
 
 
 def _fingerprint(images: Tensor, labels: Tensor | None) -> str:
-    digest = hashlib.sha256(images.float().cpu().contiguous().numpy())
+    images = images if images.dtype == torch.uint8 else images.float()
+    digest = hashlib.sha256(images.cpu().contiguous().numpy())
     if labels is not None:
         digest.update(labels.long().cpu().contiguous().numpy())
     return digest.hexdigest()
@@ -280,6 +401,14 @@ def _check_labels(denoiser: Denoiser, images: Tensor, labels: Tensor | None) -> 
         )
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"labels must lie in 0..{classes - 1}; got {int(labels.min())} to {int(labels.max())}.")
+
+
+def _mixed_precision(precision: str, device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
+    if precision == "auto":
+        precision = "bfloat16" if _has_bfloat16(device) else "float32"
+    half = torch.float16 if precision == "float16" else torch.bfloat16
+    autocast = torch.autocast(device.type, half, enabled=precision != "float32")
+    return autocast, torch.amp.GradScaler(device.type, enabled=precision == "float16")
 
 
 def _has_bfloat16(device: torch.device) -> bool:

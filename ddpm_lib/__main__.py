@@ -1,0 +1,185 @@
+"""The command line: ``python -m ddpm_lib train RECIPE``, and sample, evaluate, export, info."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+try:
+    import tyro
+except ImportError:
+    sys.exit("The command line needs more packages: pip install 'ddpm-lib[train]'")
+
+from . import interop, plots, run
+from .checkpoint import load_denoiser, pretrained, save_denoiser, write_file
+from .cost import cost
+from .evaluation import evaluate as measure
+from .prediction import Denoiser
+from .recipe import Recipe, recipe_names
+from .sampling import sample as draw_samples
+from .training import NonFiniteError
+
+Model = Annotated[str, tyro.conf.Positional]
+"""A run's folder, a .safetensors file, a folder in diffusers' layout, or the name of a model that the package ships."""
+
+
+def load(model: str, device: str = "cpu") -> Denoiser:
+    """The denoiser that a MODEL argument means."""
+    path = Path(model)
+    if (path / "checkpoints").is_dir():
+        return run.load_run(path, device)
+    if path.is_dir():
+        return interop.from_diffusers(path).to(device)
+    return load_denoiser(path, device) if path.suffix == ".safetensors" else pretrained(model, device)
+
+
+def sample(
+    model: Model,
+    out: Path = Path("samples.png"),
+    number: int = 64,
+    steps: int | None = None,
+    eta: float = 1.0,
+    variance: Literal["beta", "beta_tilde"] = "beta",
+    label: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Draw images and write them as one sheet.
+
+    Args:
+        model: a run's folder, a .safetensors file, a folder in diffusers' layout, or the name of a shipped model.
+        out: the picture.
+        number: how many images.
+        steps: of the sampler; the full T by default.
+        eta: 1 for ancestral sampling, 0 for deterministic DDIM.
+        variance: the larger (beta) or the smaller (beta_tilde) of the paper's two.
+        label: the class of all images; by default a class-conditional model draws all classes in turn.
+        seed: of the noise.
+        device: cpu, cuda or mps.
+    """
+    denoiser = load(model, device)
+    config = denoiser.network.config
+    labels = None
+    if config["classes"] is not None:
+        labels = torch.arange(number, device=device) % config["classes"]
+        labels = labels if label is None else torch.full_like(labels, label)
+    shape = (number, config["in_channels"], config["image_size"], config["image_size"])
+    generator = torch.Generator().manual_seed(seed)
+    images = draw_samples(denoiser, shape, steps=steps, eta=eta, variance=variance, label=labels, generator=generator)
+    sheet = plots.tile(images.cpu(), columns=config["classes"] or max(1, round(number**0.5)))
+    write_file(out, plots.png(sheet, sheet.shape[1]))
+    print(out)
+
+
+def evaluate(
+    model: Model,
+    dataset: Annotated[Literal["digits", "mnist", "fashion-mnist", "cifar10", "image-folder"], tyro.conf.Positional],
+    root: Path | None = None,
+    number: int = 1000,
+    steps: int | None = 50,
+    eta: float = 0.0,
+    variance: Literal["beta", "beta_tilde"] = "beta",
+    seed: int = 0,
+    out: Path | None = None,
+) -> None:
+    """Measure a model on held-out images, and its samples where the package has a judge for them.
+
+    Args:
+        model: a run's folder, a .safetensors file, a folder in diffusers' layout, or the name of a shipped model.
+        dataset: the data that the model learned.
+        root: where its files lie; of an image folder, one with images that were not trained on.
+        number: images and samples.
+        steps: of the sampler.
+        eta: 0 for deterministic DDIM, 1 for ancestral sampling.
+        variance: the larger (beta) or the smaller (beta_tilde) of the paper's two.
+        seed: of all noise.
+        out: write the figures to this JSON file, too.
+    """
+    figures = measure(
+        load(model), dataset, root=root, number=number, steps=steps, eta=eta, variance=variance, seed=seed
+    )
+    for name, value in figures.items():
+        print(f"{name:42} {value:.4f}")
+    if out:
+        write_file(out, (json.dumps(figures, indent=2) + "\n").encode())
+
+
+def export(model: Model, to: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Write a model for others: NAME.onnx, NAME.safetensors (this library's), or a folder in diffusers' layout.
+
+    Args:
+        model: a run's folder, a .safetensors file, a folder in diffusers' layout, or the name of a shipped model.
+        to: what to write; of a run, the averaged weights.
+    """
+    writers = {".onnx": interop.export_onnx, ".safetensors": save_denoiser, "": interop.to_diffusers}
+    if to.suffix not in writers:
+        raise ValueError(f"export writes NAME.onnx, NAME.safetensors or a folder; got {to}.")
+    writers[to.suffix](load(model), to)
+    print(to)
+
+
+def info(model: Model) -> None:
+    """Say what a model is.
+
+    Args:
+        model: a run's folder, a .safetensors file, a folder in diffusers' layout, or the name of a shipped model.
+    """
+    denoiser = load(model)
+    print(f"{'parameters':22} {sum(p.numel() for p in denoiser.parameters()):,}")
+    print(f"{'predicts':22} {denoiser.predicts}")
+    print(f"{'schedule':22} {denoiser.schedule}")
+    for name, value in denoiser.network.config.items():
+        print(f"{name:22} {value}")
+
+
+def commands(arguments: list[str]) -> dict:
+    """The subcommands; a TOML file among the arguments is one more recipe."""
+    names = [*recipe_names(), *(a for a in arguments if a.endswith(".toml"))]
+    recipes = tyro.extras.subcommand_type_from_defaults({name: Recipe.load(name) for name in names}, prefix_names=False)
+    chosen = next((a for a in arguments[1:] if a in names), "run")
+
+    @tyro.conf.configure(tyro.conf.CascadeSubcommandArgs)
+    def train(
+        recipe: recipes,
+        folder: Path = Path("runs") / Path(chosen).stem,
+        device: str | None = None,
+        tensorboard: bool = False,
+        dry_run: bool = False,
+    ) -> None:
+        """Train a model, or go on with a run that was stopped.
+
+        Args:
+            recipe: what to train; every value can be overridden.
+            folder: of the run; a run that is there is gone on with.
+            device: cpu, cuda or mps; the best there is by default.
+            tensorboard: also write the metrics for TensorBoard.
+            dry_run: train nothing; say how large the model is, and what a step and the whole run cost.
+        """
+        if dry_run:
+            for name, value in cost(recipe, device).items():
+                print(f"{name:34} {value}")
+        elif run.train(recipe, folder, device=device, tensorboard=tensorboard):
+            print(f"Finished. Draw from it: python -m ddpm_lib sample {folder}")
+        else:
+            print("Stopped and saved. The same command goes on.")
+
+    return {"train": train, "sample": sample, "evaluate": evaluate, "export": export, "info": info}
+
+
+def main(arguments: list[str]) -> None:
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands(arguments),
+            prog="python -m ddpm_lib",
+            description="Denoising diffusion probabilistic models: train, sample, measure, export.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.CascadeSubcommandArgs),
+        )
+    except (ValueError, run.RunError, NonFiniteError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,154 @@
+"""What a training run is made of, as data: the recipes in ``ddpm_lib/recipes`` are TOML files with these fields."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from .prediction import Denoiser
+from .schedule import Schedule
+from .unet import UNet
+
+
+@dataclass(frozen=True)
+class Data:
+    dataset: Literal["digits", "mnist", "fashion-mnist", "cifar10", "image-folder"]
+    """What to train on."""
+    root: Path | None = None
+    """Where the files lie; without it: $DDPM_DATA, then the cache, then a download."""
+    flip: bool = False
+    """Mirror images at random, half of the time."""
+
+
+@dataclass(frozen=True)
+class Network:
+    image_size: int
+    """Side of the images; those of an image folder are resized to it."""
+    in_channels: int
+    """1 for grey, 3 for colour."""
+    base_channels: int
+    """Channels at full resolution."""
+    channel_multipliers: tuple[int, ...]
+    """Channels of each level, as multiples of base_channels; each level halves the image."""
+    blocks_per_level: int
+    """Residual blocks per level on the way down."""
+    attention_resolutions: tuple[int, ...]
+    """Sides of the feature maps with self-attention."""
+    dropout: float
+    """In the residual blocks."""
+    groups: int = 32
+    """Of every group normalisation."""
+    classes: int | None = None
+    """Classes of a class-conditional model."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Schedule of the noise."""
+    T: int = 1000
+    """Steps of the noising process."""
+    predicts: Literal["eps", "x0", "v"] = "eps"
+    """What the network learns to give."""
+
+
+@dataclass(frozen=True)
+class Training:
+    steps: int
+    """Optimiser steps in all."""
+    batch_size: int
+    """Images per step, over all processes."""
+    learning_rate: float
+    """Of Adam."""
+    warmup: int
+    """Steps over which the learning rate rises from 0."""
+    ema_decay: float
+    """Of the moving average of the weights."""
+    decay_steps: int | None = None
+    """The learning rate falls linearly to 2% at this step."""
+    ema_warmup: bool = True
+    """Let the average forget the random start."""
+    clip_norm: float = 1.0
+    """Longest gradient."""
+    label_dropout: float = 0.1
+    """Share of labels hidden while training."""
+    accumulate: int = 1
+    """Parts in which a process works through its share of a batch."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the network's arithmetic."""
+    compile: bool = False
+    """Let torch.compile fuse the network (for a GPU)."""
+    channels_last: bool = False
+    """Memory layout that a GPU's convolutions prefer."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do about NaN: stop the run, or leave out that step."""
+    seed: int = 0
+    """Of the first weights and of all randomness in training."""
+
+
+@dataclass(frozen=True)
+class Output:
+    log_every: int = 50
+    """Steps between two lines of metrics."""
+    save_every: int = 1000
+    """Steps between two checkpoints; the last two are kept."""
+    sample_every: int = 5000
+    """Steps between two sheets of samples."""
+    sample_steps: int = 50
+    """Steps of the sampler for these sheets (DDIM)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training run, from data to the sheets of samples."""
+
+    data: Data
+    network: Network
+    training: Training
+    noise: Noise = field(default_factory=Noise)
+    output: Output = field(default_factory=Output)
+
+    @classmethod
+    def load(cls, name: str) -> Recipe:
+        """The recipe with this name in ``ddpm_lib/recipes``, or in the TOML file at this path."""
+        path = RECIPES / f"{name}.toml"
+        if not path.is_file():
+            path = Path(name)
+        if path.suffix != ".toml" or not path.is_file():
+            raise ValueError(
+                f"there is no recipe {name!r}; there are {', '.join(recipe_names())}, or give a .toml file."
+            )
+        try:
+            parts = tomllib.loads(path.read_text(encoding="utf-8"))
+            return cls(**{section: _section(section, values) for section, values in parts.items()})
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a recipe: {error}.") from error
+
+    def denoiser(self) -> Denoiser:
+        """The untrained denoiser; the caller has seeded torch."""
+        schedule = Schedule.from_config({"name": self.noise.schedule, "T": self.noise.T})
+        return Denoiser(UNet(**asdict(self.network)), schedule, self.noise.predicts)
+
+    def trainer_options(self) -> dict:
+        """Keyword arguments of ``Trainer``."""
+        options = asdict(self.training) | {"flip": self.data.flip}
+        del options["steps"]
+        return options
+
+
+SECTIONS = {"data": Data, "network": Network, "noise": Noise, "training": Training, "output": Output}
+RECIPES = Path(str(resources.files(__package__) / "recipes"))
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def _section(name: str, values: dict) -> Data | Network | Noise | Training | Output:
+    if not isinstance(values, dict):
+        raise TypeError(f"{name} must be a section, [{name}]")
+    return SECTIONS[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
