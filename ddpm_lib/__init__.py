@@ -3,13 +3,14 @@
 from . import plots
 from .checkpoint import CheckpointError, load_denoiser, pretrained, save_denoiser
 from .classifier import Classifier, pretrained_classifier
-from .data import digits, spiral
+from .data import cifar10, digits, fashion_mnist, image_folder, load_images, mnist, spiral
+from .download import DataError
 from .loss import simple_loss
 from .metrics import frechet_distance
 from .prediction import Denoiser, Prediction
 from .sampling import SampleStep, sample, sample_steps, step, timesteps, transition
 from .schedule import Schedule
-from .training import Trainer, TrainStep, best_device
+from .training import NonFiniteError, Trainer, TrainStep, best_device
 from .unet import UNet
 from .worlds import Gaussian, GaussianMixture
 
@@ -17,9 +18,11 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "Classifier",
+    "DataError",
     "Denoiser",
     "Gaussian",
     "GaussianMixture",
+    "NonFiniteError",
     "Prediction",
     "SampleStep",
     "Schedule",
@@ -27,9 +30,14 @@ __all__ = [
     "Trainer",
     "UNet",
     "best_device",
+    "cifar10",
     "digits",
+    "fashion_mnist",
     "frechet_distance",
+    "image_folder",
     "load_denoiser",
+    "load_images",
+    "mnist",
     "plots",
     "pretrained",
     "pretrained_classifier",

@@ -1,6 +1,7 @@
 """The command line: ``python -m ddpm_lib train RECIPE``, and sample, evaluate, export, info."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -169,6 +170,8 @@ def commands(arguments: list[str]) -> dict:
 
 
 def main(arguments: list[str]) -> None:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ddpm_lib").setLevel(logging.INFO)
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands(arguments),
