@@ -261,6 +261,26 @@ MUTANTS = {
     "last layers not near zero": Mutant(
         "unet.py", "gain=1e-5 if near_zero else 1.0", "gain=1.0", "unet", "the paper's start"
     ),
+    "attention read back as positions": Mutant(
+        "unet.py",
+        "attend(q, k, v).transpose(1, 2).reshape(x.shape)",
+        "attend(q, k, v).reshape(x.shape)",
+        "unet",
+        "the shapes fit, and channels become places",
+    ),
+    "queries and keys exchanged": Mutant(
+        "unet.py", "self.out(attend(q, k, v)", "self.out(attend(k, q, v)", "unet", "who asks and who answers"
+    ),
+    "doubling by interpolation": Mutant(
+        "unet.py", 'mode="nearest"', 'mode="bilinear"', "equations_unet", "other code bases do this"
+    ),
+    "label not told": Mutant(
+        "unet.py",
+        "embedding = self.time(steps) + self._label_embedding(label, x)",
+        "embedding = self.time(steps) + 0 * self._label_embedding(label, x)",
+        "equations_unet",
+        "a network that draws any digit",
+    ),
     # training.py
     "EMA of the wrong weights": Mutant(
         "training.py",
@@ -398,6 +418,56 @@ MUTANTS = {
         "    if path.suffix == '.pt':\n        torch.load(path, weights_only=False)\n    try:\n        with safe_open(",
         "checkpoint",
         "unpickling runs whatever the file says",
+    ),
+    # interop.py
+    "query and key exchanged for diffusers": Mutant(
+        "interop.py",
+        '"attention.query": "to_q",\n    "attention.key": "to_k",',
+        '"attention.query": "to_k",\n    "attention.key": "to_q",',
+        "interop",
+        "the round trip is still exact, the function is another",
+    ),
+    "projections transposed for diffusers": Mutant(
+        "interop.py",
+        "(value[:, :, 0, 0] if _is_projection(name, value) else value)",
+        "(value[:, :, 0, 0].T if _is_projection(name, value) else value)",
+        "interop",
+        "a linear layer's weight lies as a 1x1 convolution's does",
+    ),
+    "up levels of the port from the coarsest": Mutant(
+        "interop.py",
+        'level = network.halvings - turn if side == "up" else turn',
+        "level = turn",
+        "interop",
+        "the port counts both sides from the finest level, diffusers does not",
+    ),
+    "variance types exchanged": Mutant(
+        "interop.py",
+        'VARIANCE_TYPES = {"beta": "fixed_large", "beta_tilde": "fixed_small"}',
+        'VARIANCE_TYPES = {"beta": "fixed_small", "beta_tilde": "fixed_large"}',
+        "interop",
+        "the pipeline would draw with the other variance",
+    ),
+    "every cosine taken for diffusers' own": Mutant(
+        "interop.py",
+        "elif schedule.config == Schedule.cosine(schedule.T).config:",
+        'elif schedule.config["name"] == "cosine":',
+        "interop",
+        "another offset or clipping gives other betas",
+    ),
+    "silence taken for agreement": Mutant(
+        "interop.py",
+        '    "flip_sin_to_cos": True,\n    "freq_shift": 0,\n',
+        "",
+        "interop",
+        "what a file leaves out has diffusers' defaults, not ours",
+    ),
+    "ONNX counts steps from 0": Mutant(
+        "interop.py",
+        "return self.network(x_t, t - 1, label)",
+        "return self.network(x_t, t, label)",
+        "interop",
+        "the file promises t in 1..T",
     ),
     # worlds.py and metrics.py
     "score of the world turned round": Mutant(

@@ -19,11 +19,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.models.embeddings import get_timestep_embedding
-from diffusers_weights import diffusers_twin, to_diffusers
+from diffusers_twin import diffusers_twin, in_float64
 from tiny_models import draw_parameters, tiny_unet
 from torch import nn
 
-from ddpm_lib import Denoiser, Schedule, UNet, sample_steps
+from ddpm_lib import Denoiser, Schedule, UNet, interop, sample_steps
 
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 VARIANCE_TYPES = {"beta_tilde": "fixed_small", "beta": "fixed_large"}
@@ -32,27 +32,10 @@ VARIANCE_TYPES = {"beta_tilde": "fixed_small", "beta": "fixed_large"}
 # The network
 
 
-class ExactWaves(nn.Module):
-    """Sines, then cosines, in float64: diffusers' ``time_proj`` without its float32."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        half = channels // 2
-        self.frequency = torch.from_numpy(10_000.0 ** (-np.arange(half) / (half - 1)))
-
-    def forward(self, steps):
-        angle = steps[:, None] * self.frequency
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
 def twins(network: UNet):
     """The network and diffusers' in float64, every parameter drawn at random, with the same exact waves."""
     draw_parameters(network.double(), seed=3)
-    theirs = diffusers_twin(network).double()
-    theirs.load_state_dict(to_diffusers(network))
-    theirs.time_proj = ExactWaves(network.config["base_channels"])
-    network.time.frequency = theirs.time_proj.frequency
-    return network, theirs
+    return in_float64(network, diffusers_twin(network))
 
 
 ODD = {
@@ -89,7 +72,7 @@ def test_odd_networks_and_their_gradients_equal_diffusers(options):
     for parameter in ours.parameters():
         parameter.data = parameter.grad  # so that the conversion of weights also converts gradients
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    for name, gradient in to_diffusers(ours).items():
+    for name, gradient in interop._diffusers_state(ours).items():
         torch.testing.assert_close(
             gradient, gradients[name], rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
         )
