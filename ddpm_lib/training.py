@@ -336,6 +336,9 @@ class Trainer:
         state: dict[int, dict] = {}
         for name, tensor in parts["adam"].items():
             i, _, entry = name.partition(".")
+            like = self.parameters[int(i)]
+            if tensor.shape == like.shape:  # Adam's fused kernel wants its memory laid out as the weights are
+                tensor = torch.empty_like(like).copy_(tensor)
             state.setdefault(int(i), {})[entry] = tensor
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
         self.scaler.load_state_dict({name: value.item() for name, value in parts["scaler"].items()})

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_lib import CheckpointError, Denoiser, Schedule, Trainer, UNet, best_device
 from ddpm_lib.checkpoint import read_checkpoint
-from ddpm_lib.training import keyed_randomness
+from ddpm_lib.training import NonFiniteError, keyed_randomness
 
 SETTINGS = {"batch_size": 4, "learning_rate": 1e-2, "warmup": 3, "precision": "float32"}
 
@@ -37,6 +37,10 @@ def bits(trainer: Trainer) -> dict[str, torch.Tensor]:
     return state
 
 
+def scale(trainer: Trainer) -> dict:
+    return trainer.scaler.state_dict()
+
+
 def assert_same_bits(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
@@ -55,8 +59,17 @@ EVERYTHING = {"labels": True, "dropout": 0.3, "label_dropout": 0.4, "decay_steps
         EVERYTHING,
         {"ema_warmup": False, "ema_decay": 0.5, "batch_size": 7},
         {"precision": "bfloat16", "dropout": 0.1, "batch_size": 25},
+        {"precision": "float16", "dropout": 0.1, "flip": True},
+        {"accumulate": 2, "dropout": 0.3, "channels_last": True},
     ],
-    ids=["plain", "everything", "constant EMA, batch across epochs", "bfloat16, batch over two epochs"],
+    ids=[
+        "plain",
+        "everything",
+        "constant EMA, batch across epochs",
+        "bfloat16, batch over two epochs",
+        "float16 with its scale, mirrored",
+        "in two parts, channels last",
+    ],
 )
 @pytest.mark.parametrize("n", [1, 5])
 def test_2n_steps_are_n_steps_a_stop_and_n_steps(tmp_path, options, n):
@@ -71,6 +84,7 @@ def test_2n_steps_are_n_steps_a_stop_and_n_steps(tmp_path, options, n):
     second.resume(tmp_path / "half.safetensors")
     second_logs = run(second, n)
     assert_same_bits(bits(second), bits(whole))
+    assert scale(second) == scale(whole)
     for ours, theirs in zip(first_logs + second_logs, whole_logs, strict=True):
         assert (ours.step, ours.learning_rate) == (theirs.step, theirs.learning_rate)
         for name in ("t", "losses", "grad_norm"):
@@ -438,3 +452,84 @@ def test_training_on_the_accelerator_follows_the_cpu_and_resumes(device, tmp_pat
     (a,), (b,) = run(training, 1), run(again, 1)
     assert a.losses.device.type == device.type
     torch.testing.assert_close(a.losses, b.losses, rtol=1e-3, atol=1e-4)
+
+
+# Parts of a batch, mirrors, and numbers that are none
+
+
+def gradient_step(**options) -> dict[str, torch.Tensor]:
+    training = trainer(**options)
+    run(training, 1)
+    return {name: moments["exp_avg"] / 0.1 for name, moments in training.optimiser.state_dict()["state"].items()}
+
+
+def test_the_gradient_of_the_parts_is_that_of_the_batch():
+    whole, parts = gradient_step(clip_norm=1e9), gradient_step(clip_norm=1e9, accumulate=4)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-7)
+
+
+def test_dropout_differs_from_part_to_part():
+    """With every image, step and noise the same, parts differ by their masks alone."""
+    training = trainer(dropout=0.5, accumulate=4)
+    x0, t, eps, _ = training._batch()
+    with torch.no_grad():
+        same = (*(part[:1].expand_as(part) for part in (x0, t, eps)), None)
+    training.denoiser.train()
+    losses = training._gradient(same)
+    assert len(losses.unique()) == 4
+
+
+def test_half_of_the_images_are_mirrored():
+    training = Trainer(tiny_denoiser(), tiny_images(), batch_size=1000, precision="float32", flip=True)
+    plain = Trainer(tiny_denoiser(), tiny_images(), batch_size=1000, precision="float32")
+    batches = []
+    for one in (training, plain):
+        with keyed_randomness(0, 0, torch.device("cpu")):
+            batches.append(one._batch())
+    (flipped, *rest), (straight, *same_rest) = batches
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(rest, same_rest))
+    mirrored = (flipped == straight.flip(3)).flatten(1).all(1)
+    assert torch.equal(flipped, torch.where(mirrored[:, None, None, None], straight.flip(3), straight))
+    assert abs(float(mirrored.double().mean()) - 0.5) < 3 * 0.5 / 1000**0.5
+
+
+class Exploding(nn.Module):
+    """A network whose output is NaN at one training step."""
+
+    def __init__(self, at: int):
+        super().__init__()
+        self.inner, self.at, self.calls = draw_parameters(tiny_unet()), at, 0
+
+    def forward(self, x, steps):
+        self.calls += self.training
+        return self.inner(x, steps) * (math.nan if self.calls == self.at else 1.0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_nan_never_reaches_the_weights(precision):
+    options = SETTINGS | {"precision": precision, "nonfinite": "skip"}
+    training = Trainer(Denoiser(Exploding(3), Schedule.linear(30)), tiny_images(), **options)
+    run(training, 2)
+    before = [p.detach().clone() for p in training.parameters]
+    (log,) = run(training, 1)
+    assert not math.isfinite(log.loss)
+    assert all(torch.equal(p, q) for p, q in zip(training.parameters, before))
+    run(training, 1)
+    assert not all(torch.equal(p, q) for p, q in zip(training.parameters, before))
+    assert all(p.isfinite().all() for p in [*training.parameters, *training.averages])
+
+
+def test_a_nan_stops_the_run_within_a_hundred_steps_and_is_named():
+    training = Trainer(Denoiser(Exploding(3), Schedule.linear(30)), tiny_images(), **SETTINGS)
+    with pytest.raises(NonFiniteError, match="at step 3;"):
+        run(training, 200)
+    assert training.step == 100
+
+
+def test_a_nan_is_not_saved(tmp_path):
+    training = Trainer(Denoiser(Exploding(3), Schedule.linear(30)), tiny_images(), **SETTINGS)
+    run(training, 5)
+    with pytest.raises(NonFiniteError, match="at step 3;"):
+        training.save(tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
