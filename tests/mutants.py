@@ -282,6 +282,48 @@ MUTANTS = {
         "a network that draws any digit",
     ),
     # training.py
+    "the parts of a batch added up": Mutant(
+        "training.py",
+        "mine.mean() / self.accumulate",
+        "mine.mean()",
+        "training",
+        "the learning rate's meaning depends on how a batch is cut",
+    ),
+    "one mask of dropout for all parts": Mutant(
+        "training.py",
+        '_seed_everything(self.options["seed"], self.step, start)',
+        '_seed_everything(self.options["seed"], self.step, 1)',
+        "training",
+        "parts of a batch are no longer independent",
+    ),
+    "NaN reaches the weights": Mutant(
+        "training.py",
+        "(~grad_norm.isfinite()).float()",
+        "torch.zeros(())",
+        "training",
+        "one bad batch destroys a run",
+    ),
+    "mirrored upside down": Mutant(
+        "training.py",
+        "x0.flip(3)",
+        "x0.flip(2)",
+        "training",
+        "height and width exchanged",
+    ),
+    "bytes divided by 128": Mutant(
+        "training.py",
+        "x0 / 127.5 - 1",
+        "x0 / 128 - 1",
+        "training",
+        "white is not 1",
+    ),
+    "Adam's memory laid out anew": Mutant(
+        "training.py",
+        "tensor = torch.empty_like(like).copy_(tensor)",
+        "tensor = tensor.contiguous()",
+        "training",
+        "a resumed channels_last run mixes up its moments",
+    ),
     "EMA of the wrong weights": Mutant(
         "training.py",
         "torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)",

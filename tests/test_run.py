@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_lib import CheckpointError, digits, run
+from ddpm_lib import CheckpointError, run
 from ddpm_lib.recipe import Data, Network, Noise, Output, Recipe, Training
 from ddpm_lib.training import NonFiniteError
 
@@ -229,16 +229,3 @@ def test_what_the_recipe_says_of_the_images_must_fit():
     wrong = replace(recipe(), network=replace(recipe().network, in_channels=3))
     with pytest.raises(run.RunError, match="shape \\(1, 8, 8\\); the recipe's network takes \\(3, 8, 8\\)"):
         run.build(wrong, torch.device("cpu"))
-
-
-def test_uint8_images_train_as_their_floats_do():
-    from ddpm_lib import Trainer
-    from tests.tiny_models import tiny_denoiser
-
-    images = (digits("train")[0][:20, :, :4, :4] * 127.5 + 127.5).round().to(torch.uint8)
-    bits = []
-    for pictures in (images, images / 127.5 - 1):
-        trainer = Trainer(tiny_denoiser(), pictures, batch_size=4, precision="float32", flip=True)
-        list(trainer.run(3))
-        bits.append(torch.cat([p.detach().flatten() for p in trainer.parameters]))
-    assert torch.equal(*bits)

@@ -533,3 +533,11 @@ def test_a_nan_is_not_saved(tmp_path):
     with pytest.raises(NonFiniteError, match="at step 3;"):
         training.save(tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_uint8_images_train_as_their_floats_do():
+    images = (tiny_images() * 127.5 + 127.5).round().to(torch.uint8)
+    whole, floats = (Trainer(tiny_denoiser(), pictures, **SETTINGS) for pictures in (images, images / 127.5 - 1))
+    run(whole, 3)
+    run(floats, 3)
+    assert_same_bits(bits(whole), bits(floats))
