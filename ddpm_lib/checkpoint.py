@@ -118,10 +118,10 @@ def save_denoiser(denoiser: Denoiser, path: str | Path) -> None:
 def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     """The denoiser that ``save_denoiser`` wrote, in evaluation mode; of a training checkpoint, the averaged one."""
     config, tensors = read_checkpoint(path, "denoiser", "training")
-    if "denoiser" in config:
-        config = config["denoiser"]
-        tensors = {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")}
     try:
+        if "denoiser" in config:
+            config = config["denoiser"]
+            tensors = {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")}
         network = UNet(**config["network"])
         denoiser = Denoiser(network, Schedule.from_config(config["schedule"]), config["predicts"])
     except (KeyError, TypeError, ValueError) as error:

@@ -368,7 +368,7 @@ MUTANTS = {
     ),
     "gradient not clipped": Mutant(
         "training.py",
-        'torch.nn.utils.clip_grad_norm_(self.parameters, options["clip_norm"])',
+        'torch.nn.utils.clip_grad_norm_(self.parameters, self.options["clip_norm"])',
         "torch.nn.utils.get_total_norm([p.grad for p in self.parameters])",
         "training",
         "the norm is logged and nothing done about it",
@@ -389,16 +389,16 @@ MUTANTS = {
     ),
     "noise not keyed on the step": Mutant(
         "training.py",
-        "SeedSequence([seed, step])",
-        "SeedSequence([seed, 0])",
+        "_seed_everything(seed, step)",
+        "_seed_everything(seed, 0)",
         "training",
         "the same noise at every step",
     ),
     "the caller's stream used": Mutant(
         "training.py",
         '    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):\n'
-        "        torch.manual_seed(key)\n        yield\n",
-        "    torch.manual_seed(key)\n    yield\n",
+        "        _seed_everything(seed, step)\n        yield\n",
+        "    _seed_everything(seed, step)\n    yield\n",
         "training",
         "training reseeds the program around it",
     ),
@@ -417,8 +417,8 @@ MUTANTS = {
     ),
     "a wait in every step": Mutant(
         "training.py",
-        "losses.mean().backward()",
-        "float(losses.mean()), losses.mean().backward()",
+        "losses.append(mine.detach())",
+        "losses.append(mine.detach()), float(mine.mean())",
         "training",
         "a host sync",
     ),

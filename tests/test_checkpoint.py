@@ -22,7 +22,7 @@ from ddpm_lib import (
     pretrained,
     save_denoiser,
 )
-from ddpm_lib.checkpoint import read_checkpoint, write_checkpoint
+from ddpm_lib.checkpoint import read_checkpoint, shipped, write_checkpoint
 
 
 @pytest.fixture
@@ -155,9 +155,17 @@ def test_another_kind_is_refused(path, tmp_path):
     trainer = Trainer(tiny_denoiser(), tiny_images())
     with pytest.raises(CheckpointError, match="holds a 'denoiser' checkpoint; a 'training' one is needed"):
         trainer.resume(path)
+    with pytest.raises(CheckpointError, match="holds a 'classifier' checkpoint; a 'denoiser' or 'training' one is"):
+        load_denoiser(shipped("digits-classifier"))
+
+
+def test_of_a_training_checkpoint_the_averaged_denoiser_is_loaded(tmp_path):
+    trainer = Trainer(tiny_denoiser(), tiny_images(), batch_size=4, warmup=0, learning_rate=0.1)
+    list(trainer.run(3))
     trainer.save(tmp_path / "training")
-    with pytest.raises(CheckpointError, match="holds a 'training' checkpoint; a 'denoiser' one is needed"):
-        load_denoiser(tmp_path / "training")
+    found = load_denoiser(tmp_path / "training").state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in trainer.ema.state_dict().items())
+    assert not all(torch.equal(value, found[name]) for name, value in trainer.denoiser.state_dict().items())
 
 
 def test_safetensors_of_others_are_refused(tmp_path):
