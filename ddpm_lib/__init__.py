@@ -5,6 +5,7 @@ from .checkpoint import CheckpointError, load_denoiser, pretrained, save_denoise
 from .classifier import Classifier, pretrained_classifier
 from .data import cifar10, digits, fashion_mnist, image_folder, load_images, mnist, spiral
 from .download import DataError
+from .interop import diffusers_sampling, export_onnx, from_diffusers, from_pytorch_diffusion, to_diffusers
 from .loss import simple_loss
 from .metrics import frechet_distance
 from .prediction import Denoiser, Prediction
@@ -31,9 +32,13 @@ __all__ = [
     "UNet",
     "best_device",
     "cifar10",
+    "diffusers_sampling",
     "digits",
+    "export_onnx",
     "fashion_mnist",
     "frechet_distance",
+    "from_diffusers",
+    "from_pytorch_diffusion",
     "image_folder",
     "load_denoiser",
     "load_images",
@@ -48,5 +53,6 @@ __all__ = [
     "spiral",
     "step",
     "timesteps",
+    "to_diffusers",
     "transition",
 ]
