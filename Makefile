@@ -72,6 +72,8 @@ wheel: $(INSTALLED) ## build the wheel of ddpm_lib, data and models included, in
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 digits: $(INSTALLED) ## train the shipped digits model again
+	$(BIN)/python -m ddpm_lib train digits --folder _build/digits --device cpu
+	$(BIN)/python -m ddpm_lib export _build/digits ddpm_lib/models/digits.safetensors
 	$(BIN)/python -m scripts.digits
 
 address: ## carry the public address everywhere: make address REPOSITORY=owner/name

@@ -1,65 +1,12 @@
-"""Train the digits model that the package ships, and measure it: ``make digits``.
-
-The run saves itself every 500 steps and goes on from there if it is stopped. ``python -m scripts.digits --measure``
-only measures the shipped file.
-"""
-
-import sys
-from pathlib import Path
+"""Print what the card of the digits model states: ``python -m scripts.digits``; ``make digits`` trains it first."""
 
 import torch
-from tqdm import tqdm
 
-from ddpm_lib import (
-    Denoiser,
-    Schedule,
-    Trainer,
-    UNet,
-    digits,
-    frechet_distance,
-    pretrained,
-    pretrained_classifier,
-    sample,
-    save_denoiser,
-)
-
-ROOT = Path(__file__).parent.parent
-RUN = ROOT / "_build" / "digits-run.safetensors"
-SHIPPED = ROOT / "ddpm_lib" / "models" / "digits.safetensors"
-NETWORK = {
-    "image_size": 8,
-    "in_channels": 1,
-    "base_channels": 24,
-    "channel_multipliers": (1, 2),
-    "blocks_per_level": 1,
-    "attention_resolutions": (4,),
-    "dropout": 0.1,
-    "groups": 8,
-    "classes": 10,
-}
-STEPS = 4000
-OPTIONS = {"batch_size": 64, "learning_rate": 2e-3, "warmup": 200, "decay_steps": STEPS, "ema_decay": 0.999}
-
-
-def train() -> None:
-    torch.manual_seed(0)
-    trainer = Trainer(Denoiser(UNet(**NETWORK), Schedule.linear()), *digits("train"), **OPTIONS, precision="float32")
-    if RUN.exists():
-        trainer.resume(RUN)
-    progress = tqdm(total=STEPS, initial=trainer.step, unit="step")
-    for log in trainer.run(STEPS - trainer.step):
-        progress.update()
-        if log.step % 50 == 0:
-            progress.set_postfix(loss=f"{log.loss:.4f}")
-        if log.step % 500 == 0:
-            trainer.save(RUN)
-    progress.close()
-    save_denoiser(trainer.ema, SHIPPED)
-    RUN.unlink()
+from ddpm_lib import digits, frechet_distance, pretrained, pretrained_classifier, sample
 
 
 def measure() -> None:
-    """Print what the model card states: 450 samples, as many as there are real test digits."""
+    """450 samples, as many as there are real test digits."""
     classifier = pretrained_classifier()
     train_images, test_images = digits("train")[0], digits("test")[0]
     train_features, test_features = classifier.features(train_images), classifier.features(test_images)
@@ -92,6 +39,4 @@ def nearest(images: torch.Tensor, references: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    if "--measure" not in sys.argv[1:]:
-        train()
     measure()
