@@ -43,6 +43,8 @@ class Network:
     """Of every group normalisation."""
     classes: int | None = None
     """Classes of a class-conditional model."""
+    patch_size: int = 1
+    """Side of the squares of pixels that the network works on as one place."""
 
 
 @dataclass(frozen=True)

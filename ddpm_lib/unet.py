@@ -33,6 +33,9 @@ class UNet(nn.Module):
         dropout: in the residual blocks.
         groups: of every group normalisation.
         classes: number of classes for a class-conditional network; None for an unconditional one.
+        patch_size: side of the squares of pixels that become channels of one place before the first convolution, and
+            pixels again after the last. 1, the paper's, leaves the image as it is; 2 makes a step about four times
+            cheaper (Luhman and Luhman 2022).
     """
 
     def __init__(
@@ -46,11 +49,12 @@ class UNet(nn.Module):
         dropout: float = 0.1,
         groups: int = 32,
         classes: int | None = None,
+        patch_size: int = 1,
     ):
         super().__init__()
         for name, value in (("image_size", image_size), ("in_channels", in_channels), ("base_channels", base_channels)):
             _positive_int(name, value)
-        for name, value in (("blocks_per_level", blocks_per_level), ("groups", groups)):
+        for name, value in (("blocks_per_level", blocks_per_level), ("groups", groups), ("patch_size", patch_size)):
             _positive_int(name, value)
         self.config = {
             "image_size": image_size,
@@ -62,6 +66,7 @@ class UNet(nn.Module):
             "dropout": dropout,
             "groups": groups,
             "classes": classes,
+            "patch_size": patch_size,
         }
         if not channel_multipliers or any(not isinstance(m, int) or m < 1 for m in channel_multipliers):
             raise ValueError(f"channel_multipliers must be one or more whole numbers >= 1; got {channel_multipliers}.")
@@ -76,7 +81,7 @@ class UNet(nn.Module):
             _positive_int("classes", classes)
         self.halvings = len(channel_multipliers) - 1
         self._check_size(image_size, image_size)
-        sizes = [image_size >> level for level in range(len(channel_multipliers))]
+        sizes = [image_size // patch_size >> level for level in range(len(channel_multipliers))]
         if unknown := set(attention_resolutions) - set(sizes):
             raise ValueError(
                 f"attention_resolutions must be among the feature map sizes {sizes}; got {sorted(unknown)}."
@@ -86,7 +91,8 @@ class UNet(nn.Module):
         embedding = 4 * base_channels
         self.time = TimeEmbedding(base_channels, embedding)
         self.label = None if classes is None else nn.Embedding(classes + 1, embedding)
-        self.stem = conv3x3(in_channels, base_channels)
+        pixels = in_channels * patch_size**2
+        self.stem = conv3x3(pixels, base_channels)
 
         def stage(width_in: int, width: int, size: int) -> Stage:
             return Stage(width_in, width, embedding, dropout, groups, attend=size in attention_resolutions)
@@ -118,7 +124,7 @@ class UNet(nn.Module):
                 self.up.append(Upsample(width))
 
         self.norm = nn.GroupNorm(groups, width, eps=EPS)
-        self.head = conv3x3(width, in_channels, near_zero=True)
+        self.head = conv3x3(width, pixels, near_zero=True)
 
     def forward(self, x: Tensor, steps: Tensor, label: Tensor | None = None) -> Tensor:
         """Output of the shape of x.
@@ -132,7 +138,7 @@ class UNet(nn.Module):
             raise ValueError(f"x must have shape (B, {self.config['in_channels']}, H, W); got {tuple(x.shape)}.")
         self._check_size(*x.shape[2:])
         embedding = self.time(steps) + self._label_embedding(label, x)
-        h = self.stem(x)
+        h = self.stem(F.pixel_unshuffle(x, self.config["patch_size"]))
         skips = [h]
         for part in self.down:
             h = part(h, embedding)
@@ -143,7 +149,7 @@ class UNet(nn.Module):
             if isinstance(part, Stage):
                 h = torch.cat([h, skips.pop()], dim=1)
             h = part(h, embedding)
-        return self.head(F.silu(self.norm(h)))
+        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config["patch_size"])
 
     def _label_embedding(self, label: Tensor | None, x: Tensor) -> Tensor | float:
         if self.label is None:
@@ -164,7 +170,7 @@ class UNet(nn.Module):
         return self.label(label)
 
     def _check_size(self, height: int, width: int) -> None:
-        factor = 2**self.halvings
+        factor = self.config["patch_size"] * 2**self.halvings
         if height % factor or width % factor:
             raise ValueError(
                 f"a U-Net of {self.halvings + 1} levels halves the image {self.halvings} times, so its sides must be "

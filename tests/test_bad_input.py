@@ -127,6 +127,8 @@ CASES = {
     "an odd number of channels": (lambda: tiny_unet(base_channels=3, groups=3), "got 3", "even"),
     "no groups": (lambda: tiny_unet(groups=0), "got 0", "1 or more"),
     "a size that cannot be halved": (lambda: UNet(image_size=28), "28 x 28", "multiples of 8"),
+    "a size that patches do not divide": (lambda: tiny_unet(image_size=8, patch_size=3), "8 x 8", "multiples of 6"),
+    "no patches": (lambda: tiny_unet(patch_size=0), "got 0", "1 or more"),
     "no size": (lambda: tiny_unet(image_size=0), "got 0", "1 or more"),
     "no channels": (lambda: tiny_unet(in_channels=0), "got 0", "1 or more"),
     "no levels": (lambda: tiny_unet(channel_multipliers=()), "got ()", "whole numbers >= 1"),

@@ -55,6 +55,28 @@ def test_double_and_half_precision_weights_come_back(tmp_path):
         assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tensors.items())
 
 
+def test_stored_in_half_precision_a_denoiser_takes_half_the_space_and_rounds_once(tmp_path):
+    denoiser = tiny_denoiser(base_channels=16)
+    save_denoiser(denoiser, tmp_path / "whole.safetensors")
+    save_denoiser(denoiser, tmp_path / "half.safetensors", half=True)
+    again = load_denoiser(tmp_path / "half.safetensors")
+    sizes = [(tmp_path / name).stat().st_size for name in ("whole.safetensors", "half.safetensors")]
+    saved = sum(p.numel() for p in denoiser.parameters()) * 2
+    assert sizes[0] - sizes[1] == pytest.approx(saved, rel=0.01)
+    for before, after in zip(denoiser.parameters(), again.parameters()):
+        assert after.dtype == torch.float32
+        assert ((after - before).abs() <= before.abs() / 2048 + 2.0**-25).all()
+
+
+def test_weights_too_large_for_half_precision_are_refused(tmp_path):
+    denoiser = tiny_denoiser()
+    with torch.no_grad():
+        denoiser.network.head.bias[0] = 1e5
+    with pytest.raises(ValueError, match="float16"):
+        save_denoiser(denoiser, tmp_path / "x.safetensors", half=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_file_is_plain_safetensors_that_others_can_read(path):
     with safe_open(path, framework="pt") as file:
         assert set(file.keys()) == set(tiny_unet().state_dict())

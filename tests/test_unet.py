@@ -35,8 +35,9 @@ def test_classes_cost_one_embedding_each_and_one_for_none():
         {"image_size": 8, "channel_multipliers": (1, 3, 1), "attention_resolutions": (8, 2), "blocks_per_level": 2},
         {"image_size": 5, "channel_multipliers": (2,), "attention_resolutions": ()},
         {"in_channels": 3, "base_channels": 6, "groups": 3, "classes": 4, "dropout": 0.5},
+        {"image_size": 12, "patch_size": 3, "in_channels": 2},
     ],
-    ids=["tiny", "three levels", "one level", "classes"],
+    ids=["tiny", "three levels", "one level", "classes", "patches"],
 )
 def test_output_has_the_shape_of_the_input(options):
     network = draw_parameters(tiny_unet(**options))
@@ -45,6 +46,19 @@ def test_output_has_the_shape_of_the_input(options):
     assert network(x, torch.tensor([0, 7])).shape == x.shape
     tall = torch.randn(1, channels, 2 * size, size)
     assert network(tall, torch.tensor([3])).shape == tall.shape
+
+
+def test_a_network_on_patches_is_the_same_network_on_their_pixels_as_channels():
+    """Channel (c, i, j) of the small image is pixel (i, j) of each patch of channel c, here by slices."""
+    network = draw_parameters(tiny_unet(image_size=8, in_channels=3, patch_size=2))
+    inner = tiny_unet(image_size=4, in_channels=12)
+    inner.load_state_dict(network.state_dict())
+    x, steps = torch.randn(2, 3, 8, 8), torch.tensor([3, 4])
+    places = [(c, i, j) for c in range(3) for i in range(2) for j in range(2)]
+    answer = inner(torch.stack([x[:, c, i::2, j::2] for c, i, j in places], dim=1), steps)
+    output = network(x, steps)
+    for k, (c, i, j) in enumerate(places):
+        torch.testing.assert_close(output[:, c, i::2, j::2], answer[:, k], rtol=0, atol=1e-6)
 
 
 def test_a_network_is_built_again_from_its_configuration():
