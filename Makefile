@@ -48,7 +48,7 @@ chapters: $(INSTALLED)
 	    --nbval --nbval-current-env --nbval-cell-timeout 600 book
 
 browser: $(INSTALLED) ## test the built book in a headless Chromium
-	$(BIN)/python -m pytest -q -m browser tests/browser
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m browser tests/browser
 
 lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff check .
