@@ -71,10 +71,14 @@ def read_checkpoint(path: str | Path, *kinds: str) -> tuple[dict, dict[str, Tens
         raise CheckpointError(f"{path} is not a checkpoint of this library: format {header.get('format')!r}.")
     if header.get("sha256") != _digest(header, tensors):
         raise CheckpointError(f"{path} is damaged: its contents do not match their checksum. Take another copy.")
-    if header["kind"] not in kinds:
+    if header.get("kind") not in kinds:
         needed = " or ".join(map(repr, kinds))
-        raise CheckpointError(f"{path} holds a {header['kind']!r} checkpoint; a {needed} one is needed here.")
-    return json.loads(header["config"]), tensors
+        raise CheckpointError(f"{path} holds a {header.get('kind')!r} checkpoint; a {needed} one is needed here.")
+    try:
+        config = dict(json.loads(header["config"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"the configuration in {path} does not describe a {header['kind']}: {error}") from error
+    return config, tensors
 
 
 def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
@@ -85,18 +89,49 @@ def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def fit_state(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Load tensors into a module that must have exactly these names and shapes."""
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if expected != found:
-        different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+def check_fit(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: str) -> None:
+    """Raise CheckpointError unless tensors have the names and shapes of the expected ones, and hold finite numbers."""
+    shapes, found = ({name: tuple(value.shape) for name, value in part.items()} for part in (expected, tensors))
+    if shapes != found:
+        different = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
         name = different[0]
         raise CheckpointError(
             f"{where} does not fit the model: {len(different)} tensors differ, the first is {name!r} with shape "
-            f"{found.get(name, 'missing')} in the file and {expected.get(name, 'missing')} in the model."
+            f"{found.get(name, 'missing')} in the file and {shapes.get(name, 'missing')} in the model."
         )
+    for name, value in tensors.items():
+        if value.is_floating_point() != expected[name].is_floating_point() or not value.isfinite().all():
+            raise CheckpointError(f"{where} is damaged: {name!r} holds other things than finite numbers.")
+
+
+def fit_state(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Load tensors into a module that must have exactly these names and shapes."""
+    check_fit(module.state_dict(), tensors, where)
     module.load_state_dict(tensors)
+
+
+def plan_unet(options: dict, tensors: int) -> UNet:
+    """The UNet with these options and at most this many tensors, as shapes alone: a damaged number fills no memory.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    try:
+        blocks = len(options["channel_multipliers"]) * options["blocks_per_level"]
+        if blocks > tensors:
+            raise ValueError(f"{blocks} residual blocks on the way down need more than {tensors} tensors.")
+        with torch.device("meta"):
+            return UNet(**options)
+    except (KeyError, TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"no network of this library has this configuration: {error}") from error
+
+
+def build_unet(plan: UNet, tensors: dict[str, Tensor], where: str) -> UNet:
+    """The planned network with these tensors, which must be exactly its own."""
+    check_fit(plan.state_dict(), tensors, where)
+    network = UNet(**plan.config)
+    network.load_state_dict(tensors)
+    return network
 
 
 def denoiser_config(denoiser: Denoiser) -> dict:
@@ -137,11 +172,11 @@ def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoi
         if "denoiser" in config:
             config = config["denoiser"]
             tensors = {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")}
-        network = UNet(**config["network"])
-        denoiser = Denoiser(network, Schedule.from_config(config["schedule"]), config["predicts"])
-    except (KeyError, TypeError, ValueError) as error:
+        plan = plan_unet(config["network"], len(tensors))
+        denoiser = Denoiser(plan, Schedule.from_config(config["schedule"]), config["predicts"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"the configuration in {path} does not describe a denoiser: {error}") from error
-    fit_state(network, tensors, str(path))
+    denoiser.network = build_unet(plan, tensors, str(path))
     return denoiser.to(device).eval()
 
 

@@ -12,6 +12,8 @@ import operator
 import torch
 from torch import Tensor
 
+MOST_STEPS = 1_000_000  # in a file, a longer schedule is a damaged number, not a plan
+
 
 class Schedule:
     """Tables of a forward process with T steps; each has shape (T + 1,) and dtype float64.
@@ -92,6 +94,8 @@ class Schedule:
     def from_config(cls, config: dict) -> Schedule:
         """The schedule that a checkpoint's ``config`` describes."""
         arguments = dict(config)
+        if (T := arguments.get("T", 1)) > MOST_STEPS:
+            raise ValueError(f"T must be at most {MOST_STEPS:,}; got {T}.")
         match arguments.pop("name", None):
             case "linear":
                 return cls.linear(**arguments)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import CheckpointError, denoiser_config, fit_state, read_checkpoint, write_checkpoint
+from .checkpoint import CheckpointError, check_fit, denoiser_config, read_checkpoint, write_checkpoint
 from .loss import simple_loss
 from .prediction import Denoiser
 from .schedule import _positive_int
@@ -303,36 +303,45 @@ class Trainer:
             NonFiniteError: as ``run`` does; then nothing is written.
         """
         self.check_finite()
-        tensors = {f"network.{k}": v for k, v in self.denoiser.network.state_dict().items()}
-        tensors |= {f"ema.{k}": v for k, v in self.ema.network.state_dict().items()}
-        for i, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
-        tensors |= {f"scaler.{k}": torch.tensor(v) for k, v in self.scaler.state_dict().items()}
         config = {
             "denoiser": denoiser_config(self.denoiser),
             "options": self.options,
             "data_sha256": self.data_sha256,
             "step": self.step,
         }
-        write_checkpoint(path, "training", config, tensors)
+        write_checkpoint(path, "training", config, self._tensors(self.optimiser.state_dict()["state"]))
+
+    def _tensors(self, adam: dict[int, dict]) -> dict[str, Tensor]:
+        """What a checkpoint holds, by the names there, with this state of Adam."""
+        tensors = {f"network.{k}": v for k, v in self.denoiser.network.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.network.state_dict().items()}
+        tensors |= {f"adam.{i}.{k}": v for i, state in adam.items() for k, v in state.items()}
+        return tensors | {f"scaler.{k}": torch.tensor(v) for k, v in self.scaler.state_dict().items()}
 
     def resume(self, path: str | Path) -> None:
         """Go back to the state that ``save`` wrote.
 
         Raises:
-            CheckpointError: the file is damaged, or was written for another model, other options or other data.
+            CheckpointError: the file is damaged, or was written for another model, other options or other data; the
+                trainer is as it was.
         """
         config, tensors = read_checkpoint(path, "training")
         ours = {"denoiser": denoiser_config(self.denoiser), "options": self.options, "data_sha256": self.data_sha256}
         for name, value in ours.items():
             if config.get(name) != value:
                 raise CheckpointError(f"{path} does not fit this run: {_difference(name, config.get(name), value)}.")
+        step = config.get("step")
+        if type(step) is not int or step < 0:
+            raise CheckpointError(f"{path} is damaged: its step is {step!r}.")
+        moments = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(self.parameters)}
+        has_moments = any(name.startswith("adam.") for name in tensors)  # there are none before the first step
+        check_fit(self._tensors(moments if has_moments else {}), tensors, str(path))
         parts: dict[str, dict] = {"network": {}, "ema": {}, "adam": {}, "scaler": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
-        fit_state(self.denoiser.network, parts["network"], str(path))
-        fit_state(self.ema.network, parts["ema"], str(path))
+        self.denoiser.network.load_state_dict(parts["network"])
+        self.ema.network.load_state_dict(parts["ema"])
         state: dict[int, dict] = {}
         for name, tensor in parts["adam"].items():
             i, _, entry = name.partition(".")
@@ -342,7 +351,7 @@ class Trainer:
             state.setdefault(int(i), {})[entry] = tensor
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
         self.scaler.load_state_dict({name: value.item() for name, value in parts["scaler"].items()})
-        self.step = config["step"]
+        self.step = step
 
 
 @contextmanager

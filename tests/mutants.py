@@ -404,7 +404,7 @@ MUTANTS = {
     ),
     "EMA not resumed": Mutant(
         "training.py",
-        'fit_state(self.ema.network, parts["ema"], str(path))',
+        'self.ema.network.load_state_dict(parts["ema"])',
         "pass",
         "training",
         "an average that starts anew",
@@ -412,9 +412,7 @@ MUTANTS = {
     "Adam not resumed": Mutant(
         "training.py", '"state": state})', '"state": {}})', "training", "moments that start anew"
     ),
-    "step not resumed": Mutant(
-        "training.py", 'self.step = config["step"]', "pass", "training", "the schedule starts anew"
-    ),
+    "step not resumed": Mutant("training.py", "        self.step = step\n", "", "training", "the schedule starts anew"),
     "a wait in every step": Mutant(
         "training.py",
         "losses.append(mine.detach())",

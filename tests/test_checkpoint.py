@@ -120,23 +120,187 @@ def test_the_final_name_appears_only_when_all_is_on_disk(tmp_path, monkeypatch):
     assert calls == ["fsync", "replace"]
 
 
-# Damage
+# Damage: 623 files in all, by accident (567) and by wrong fields under a right checksum (56)
 
 
-def test_no_flipped_bit_and_no_cut_goes_unnoticed(path, tmp_path):
-    """150 random bits flipped one at a time, 50 random cuts, and pieces added: always a CheckpointError."""
-    whole, rng = path.read_bytes(), random.Random(0)
-    damaged = []
-    for i in range(150):
-        # Every third flip hits the header, which is small beside the tensors.
-        place = rng.randrange(len(whole) if i % 3 else 1500)
-        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
-    damaged += [whole[: rng.randrange(len(whole))] for _ in range(48)] + [b"", whole[:-1], whole + b"\0", whole + whole]
-    bad = tmp_path / "bad.safetensors"
-    for content in damaged:
+def damaged(whole: bytes, rng: random.Random):
+    """189 files: 120 flipped bits, half of them in the header; 50 random cuts; telling cuts; pieces added or lost."""
+    end = 8 + int.from_bytes(whole[:8], "little")  # of the header
+    for i in range(120):
+        place = rng.randrange(end) if i % 2 else rng.randrange(end, len(whole))
+        yield whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :]
+    yield from (whole[: rng.randrange(len(whole))] for _ in range(50))
+    yield from (whole[:place] for place in (0, 1, 7, 8, 9, end // 2, end - 1, end, end + 1, end + 4, -4, -1))
+    yield from (whole + b"\0", whole + whole, b"\0" + whole, whole[end:], whole[1:])
+    yield whole[:end] + bytes(len(whole) - end)  # a hole, as a crash of the whole machine leaves
+    yield whole[:end] + whole[end + 4 :] + whole[end : end + 4]
+
+
+def training(**options) -> Trainer:
+    options = {"batch_size": 4, "warmup": 0, "precision": "float16"} | options
+    return Trainer(tiny_denoiser(classes=2), tiny_images(), torch.arange(10) % 2, **options)
+
+
+def state(trainer: Trainer) -> dict:
+    return {"step": torch.tensor(trainer.step)} | trainer._tensors(trainer.optimiser.state_dict()["state"])
+
+
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory) -> dict[str, Path]:
+    """A small whole file of each kind."""
+    folder = tmp_path_factory.mktemp("wholes")
+    paths = {name: folder / name for name in ("denoiser", "half", "training")}
+    save_denoiser(tiny_denoiser(), paths["denoiser"])
+    save_denoiser(tiny_denoiser(classes=3, patch_size=2, image_size=8), paths["half"], half=True)
+    trainer = training()
+    list(trainer.run(2))
+    trainer.save(paths["training"])
+    return paths
+
+
+@pytest.mark.parametrize("kind", ["denoiser", "half", "training"])
+def test_no_flipped_bit_and_no_cut_goes_unnoticed(wholes, tmp_path, kind):
+    """Always a CheckpointError, and a trainer that was to go on from the file is as it was."""
+    bad, trainer = tmp_path / "bad.safetensors", training()
+    list(trainer.run(1))
+    before = {name: value.clone() for name, value in state(trainer).items()}
+    files = list(damaged(wholes[kind].read_bytes(), random.Random(kind)))
+    assert len(files) == 189
+    for content in files:
         bad.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"bad\.safetensors"):
-            load_denoiser(bad)
+            trainer.resume(bad) if kind == "training" else load_denoiser(bad)
+    after = state(trainer)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    if kind == "training":
+        trainer.resume(wholes[kind])
+        assert trainer.step == 2
+    else:
+        load_denoiser(wholes[kind])
+
+
+def contents(path) -> tuple[dict, dict, dict]:
+    """Header, configuration and tensors of a whole file."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    return header, json.loads(header["config"]), tensors
+
+
+def put(field: str, value):
+    """Change one field of the configuration, named like network.groups; the value ... removes it."""
+
+    def change(config, tensors):
+        *parents, last = field.split(".")
+        for parent in parents:
+            config = config[parent]
+        assert last in config
+        config[last] = value
+        if value is ...:
+            del config[last]
+
+    return change
+
+
+def tensor(name: str, make):
+    """Change one tensor, or remove it if nothing is made of it."""
+
+    def change(config, tensors):
+        value = make(tensors.pop(name))
+        tensors |= {} if value is None else {name: value}
+
+    return change
+
+
+WRONG_MODELS = {
+    "no network": put("network", ...),
+    "a network in words": put("network", "unet"),
+    "no schedule": put("schedule", None),
+    "no kind of prediction": put("predicts", ...),
+    "a kind of prediction unheard of": put("predicts", "noise"),
+    "an option more": lambda config, tensors: config["network"].update(depth=3),
+    "no multipliers": put("network.channel_multipliers", ...),
+    "more levels": put("network.channel_multipliers", [1, 2, 2]),
+    "wider": put("network.base_channels", 8),
+    "wider than memory": put("network.base_channels", 1 << 34),
+    "wider than numbers": put("network.base_channels", 1 << 80),
+    "blocks without end": put("network.blocks_per_level", 10**12),
+    "a block more": put("network.blocks_per_level", 2),
+    "blocks in words": put("network.blocks_per_level", "1"),
+    "half a group": put("network.groups", 0.5),
+    "attention nowhere": put("network.attention_resolutions", []),
+    "attention at no level": put("network.attention_resolutions", [3]),
+    "classes": put("network.classes", 5),
+    "more classes than memory": put("network.classes", 10**14),
+    "other patches": put("network.patch_size", 2),
+    "an odd size": put("network.image_size", 5),
+    "dropout that is no number": put("network.dropout", float("nan")),
+    "T of 0": put("schedule.T", 0),
+    "T beyond memory": put("schedule.T", 10**10),
+    "T in words": put("schedule.T", "30"),
+    "beta of 1": put("schedule.beta_T", 1.0),
+    "a schedule unheard of": put("schedule.name", "quadratic"),
+    "another schedule's options": put("schedule.name", "cosine"),
+    "no tensor": lambda config, tensors: tensors.clear(),
+    "a tensor less": tensor("stem.weight", lambda value: None),
+    "a tensor more": lambda config, tensors: tensors.update(extra=torch.zeros(1)),
+    "a tensor cut": tensor("stem.weight", lambda value: value[:-1]),
+    "a tensor turned": tensor("time.linear_1.weight", lambda value: value.T.contiguous()),
+    "a tensor flattened": tensor("head.bias", lambda value: value[:, None]),
+    "a number that is none": tensor("head.bias", lambda value: value * float("nan")),
+    "an infinite number": tensor("stem.weight", lambda value: value.abs().log1p() / 0),
+    "whole numbers": tensor("stem.weight", lambda value: value.long()),
+}
+WRONG_RUNS = {
+    "another model": put("denoiser.predicts", "v"),
+    "another batch": put("options.batch_size", 5),
+    "no options": put("options", ...),
+    "other data": put("data_sha256", "0" * 64),
+    "no step": put("step", ...),
+    "a negative step": put("step", -1),
+    "half a step": put("step", 1.5),
+    "no average": lambda config, tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("ema.")],
+    "a moment less": tensor("adam.3.exp_avg", lambda value: None),
+    "a moment cut": tensor("adam.3.exp_avg_sq", lambda value: value[:-1]),
+    "a moment that is no number": tensor("adam.3.exp_avg", lambda value: value * float("nan")),
+    "a moment of no parameter": lambda config, tensors: tensors.update({"adam.999.exp_avg": torch.zeros(2)}),
+    "a scale less": tensor("scaler.scale", lambda value: None),
+    "a part unheard of": lambda config, tensors: tensors.update({"sgd.0": torch.zeros(2)}),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [*(("denoiser", change) for change in WRONG_MODELS.values()), *(("training", c) for c in WRONG_RUNS.values())],
+    ids=[*WRONG_MODELS, *WRONG_RUNS],
+)
+def test_wrong_fields_under_a_right_checksum_are_refused(wholes, tmp_path, kind, change):
+    """As another program, or an error in this one, would write them."""
+    _, config, tensors = contents(wholes[kind])
+    change(config, tensors)
+    write_checkpoint(tmp_path / "odd", kind, config, tensors)
+    trainer = training()
+    before = {name: value.clone() for name, value in state(trainer).items()}
+    with pytest.raises(CheckpointError, match=r"\bodd\b"):
+        trainer.resume(tmp_path / "odd") if kind == "training" else load_denoiser(tmp_path / "odd")
+    after = state(trainer)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"kind": ...}, {"config": ...}, {"config": ""}, {"config": "[" * 10_000}, {"config": "7"}],
+    ids=["no kind", "no configuration", "an empty one", "a bottomless one", "a number"],
+)
+def test_a_header_that_lacks_a_part_is_refused(path, tmp_path, change):
+    header, _, tensors = contents(path)
+    header = {name: value for name, value in (header | change).items() if value is not ...}
+    header["sha256"] = checkpoint._digest(header, tensors)
+    save_file(tensors, tmp_path / "odd", header)
+    with pytest.raises(CheckpointError, match=r"\bodd\b"):
+        load_denoiser(tmp_path / "odd")
 
 
 QUERY, KEY = (f"middle.0.attention.{name}.weight" for name in ("query", "key"))
@@ -145,18 +309,14 @@ QUERY, KEY = (f"middle.0.attention.{name}.weight" for name in ("query", "key"))
 @pytest.mark.parametrize("names", [{QUERY: KEY, KEY: QUERY}, {QUERY: f"{QUERY}s"}], ids=["exchanged", "renamed"])
 def test_the_checksum_covers_names(path, tmp_path, names):
     """All bytes are there, but not under the names they had."""
-    _, tensors = read_checkpoint(path, "denoiser")
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
+    header, _, tensors = contents(path)
     save_file({names.get(name, name): tensor for name, tensor in tensors.items()}, tmp_path / "changed", header)
     with pytest.raises(CheckpointError, match="do not match their checksum"):
         load_denoiser(tmp_path / "changed")
 
 
 def test_a_changed_configuration_is_noticed(path, tmp_path):
-    _, tensors = read_checkpoint(path, "denoiser")
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
+    header, _, tensors = contents(path)
     header["config"] = header["config"].replace('"eps"', '"x0"')
     save_file(tensors, tmp_path / "changed", header)
     with pytest.raises(CheckpointError, match="do not match their checksum"):
