@@ -5,10 +5,12 @@ from .checkpoint import CheckpointError, load_denoiser, pretrained, save_denoise
 from .classifier import Classifier, pretrained_classifier
 from .data import cifar10, digits, fashion_mnist, image_folder, load_images, mnist, spiral
 from .download import DataError
-from .interop import diffusers_sampling, export_onnx, from_diffusers, from_pytorch_diffusion, to_diffusers
+from .interop import diffusers_sampling, from_diffusers, to_diffusers
 from .loss import simple_loss
-from .metrics import frechet_distance
+from .metrics import frechet_distance, inception_score, kernel_distance, precision_recall, sliced_wasserstein
+from .onnx import export_onnx
 from .prediction import Denoiser, Prediction
+from .released import from_pytorch_diffusion
 from .sampling import SampleStep, sample, sample_steps, step, timesteps, transition
 from .schedule import Schedule
 from .training import NonFiniteError, Trainer, TrainStep, best_device
@@ -40,16 +42,20 @@ __all__ = [
     "from_diffusers",
     "from_pytorch_diffusion",
     "image_folder",
+    "inception_score",
+    "kernel_distance",
     "load_denoiser",
     "load_images",
     "mnist",
     "plots",
+    "precision_recall",
     "pretrained",
     "pretrained_classifier",
     "sample",
     "sample_steps",
     "save_denoiser",
     "simple_loss",
+    "sliced_wasserstein",
     "spiral",
     "step",
     "timesteps",

@@ -23,15 +23,24 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Features (B, 64), in which Frechet distances are measured, of images (B, 1, image_size, image_size)."""
+        h = F.max_pool2d(F.relu(self.conv_3(self._middle(images))), 2)
+        return F.relu(self.linear(self.dropout(h.flatten(1))))
+
+    def spatial_features(self, images: Tensor) -> Tensor:
+        """Seven channels of the middle layer, place by place, (B, 7 (image_size / 2)^2): they know where things are.
+
+        Source: Nash et al. (2021), who take as many from the Inception network for the sFID.
+        """
+        return self._middle(images)[:, :7].flatten(1)
+
+    def _middle(self, images: Tensor) -> Tensor:
         size = self.config["image_size"]
         if images.shape[1:] != (1, size, size):
             raise ValueError(
                 f"this classifier reads images of shape (B, 1, {size}, {size}); got {tuple(images.shape)}."
             )
         h = F.relu(self.conv_1(images))
-        h = F.max_pool2d(F.relu(self.conv_2(h)), 2)
-        h = F.max_pool2d(F.relu(self.conv_3(h)), 2)
-        return F.relu(self.linear(self.dropout(h.flatten(1))))
+        return F.max_pool2d(F.relu(self.conv_2(h)), 2)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 10)."""
