@@ -17,6 +17,7 @@ from . import interop, plots, run
 from .checkpoint import load_denoiser, pretrained, save_denoiser, write_file
 from .cost import cost
 from .evaluation import evaluate as measure
+from .onnx import export_onnx
 from .prediction import Denoiser
 from .recipe import Recipe, recipe_names
 from .sampling import sample as draw_samples
@@ -114,7 +115,7 @@ def export(model: Model, to: Annotated[Path, tyro.conf.Positional]) -> None:
         model: a run's folder, a .safetensors file, a folder in diffusers' layout, or the name of a shipped model.
         to: what to write; of a run, the averaged weights.
     """
-    writers = {".onnx": interop.export_onnx, ".safetensors": save_denoiser, "": interop.to_diffusers}
+    writers = {".onnx": export_onnx, ".safetensors": save_denoiser, "": interop.to_diffusers}
     if to.suffix not in writers:
         raise ValueError(f"export writes NAME.onnx, NAME.safetensors or a folder; got {to}.")
     writers[to.suffix](load(model), to)

@@ -52,21 +52,24 @@ def write_file(path: Path, data: bytes) -> None:
         raise
 
 
+def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a safetensors file, whoever wrote it."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}: no file has this name.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}): damaged or cut short?") from error
+
+
 def read_checkpoint(path: str | Path, *kinds: str) -> tuple[dict, dict[str, Tensor]]:
     """Configuration and tensors of a file of one of these kinds that ``write_checkpoint`` wrote.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, of another kind, or damaged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint at {path}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({error}): damaged or cut short?") from error
+    header, tensors = read_tensors(path)
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this library: format {header.get('format')!r}.")
     if header.get("sha256") != _digest(header, tensors):
@@ -122,7 +125,7 @@ def plan_unet(options: dict, tensors: int) -> UNet:
             raise ValueError(f"{blocks} residual blocks on the way down need more than {tensors} tensors.")
         with torch.device("meta"):
             return UNet(**options)
-    except (KeyError, TypeError, RuntimeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"no network of this library has this configuration: {error}") from error
 
 

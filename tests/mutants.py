@@ -459,26 +459,26 @@ MUTANTS = {
         "checkpoint",
         "unpickling runs whatever the file says",
     ),
-    # interop.py
+    # names.py, interop.py and onnx.py
     "query and key exchanged for diffusers": Mutant(
-        "interop.py",
-        '"attention.query": "to_q",\n    "attention.key": "to_k",',
-        '"attention.query": "to_k",\n    "attention.key": "to_q",',
+        "names.py",
+        "to_q                                    q\nattention.key       to_k  ",
+        "to_k                                    q\nattention.key       to_q  ",
         "interop",
         "the round trip is still exact, the function is another",
     ),
     "projections transposed for diffusers": Mutant(
         "interop.py",
-        "(value[:, :, 0, 0] if _is_projection(name, value) else value)",
-        "(value[:, :, 0, 0].T if _is_projection(name, value) else value)",
+        "(squeezed(value) if",
+        "(squeezed(value).T if",
         "interop",
         "a linear layer's weight lies as a 1x1 convolution's does",
     ),
     "up levels of the port from the coarsest": Mutant(
-        "interop.py",
+        "names.py",
         'level = network.halvings - turn if side == "up" else turn',
         "level = turn",
-        "interop",
+        "released",
         "the port counts both sides from the finest level, diffusers does not",
     ),
     "variance types exchanged": Mutant(
@@ -503,10 +503,10 @@ MUTANTS = {
         "what a file leaves out has diffusers' defaults, not ours",
     ),
     "ONNX counts steps from 0": Mutant(
-        "interop.py",
+        "onnx.py",
         "return self.network(x_t, t - 1, label)",
         "return self.network(x_t, t, label)",
-        "interop",
+        "onnx",
         "the file promises t in 1..T",
     ),
     # worlds.py and metrics.py
