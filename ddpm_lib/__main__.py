@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,27 +14,30 @@ try:
 except ImportError:
     sys.exit("The command line needs more packages: pip install 'ddpm-lib[train]'")
 
-from . import interop, plots, run
+from . import plots, run
 from .checkpoint import load_denoiser, pretrained, save_denoiser, write_file
 from .cost import cost
 from .evaluation import evaluate as measure
+from .interop import from_diffusers, to_diffusers
 from .onnx import export_onnx
 from .prediction import Denoiser
 from .recipe import Recipe, recipe_names
+from .released import PICKLES, from_pytorch_diffusion, is_port
 from .sampling import sample as draw_samples
 from .training import NonFiniteError
 
-Model = Annotated[str, tyro.conf.Positional]
-"""A run's folder, a .safetensors file, a folder in diffusers' layout, or the name of a model that the package ships."""
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 
 
-def load(model: str, device: str = "cpu") -> Denoiser:
-    """The denoiser that a MODEL argument means."""
+def load_model(model: str, device: str = "cpu") -> Denoiser:
+    """The denoiser that a MODEL argument means: a path, or the name of a model that the package ships."""
     path = Path(model)
     if (path / "checkpoints").is_dir():
         return run.load_run(path, device)
     if path.is_dir():
-        return interop.from_diffusers(path).to(device)
+        return from_diffusers(path).to(device)
+    if path.suffix in PICKLES or (path.suffix == ".safetensors" and is_port(path)):
+        return from_pytorch_diffusion(path).to(device)
     return load_denoiser(path, device) if path.suffix == ".safetensors" else pretrained(model, device)
 
 
@@ -51,7 +55,8 @@ def sample(
     """Draw images and write them as one sheet.
 
     Args:
-        model: a run's folder, a .safetensors file, a folder in diffusers' layout, or the name of a shipped model.
+        model: a run's folder, a .safetensors file, a folder in diffusers' layout, the paper's released weights as
+            converted by pytorch_diffusion (.ckpt), or the name of a shipped model.
         out: the picture.
         number: how many images.
         steps: of the sampler; the full T by default.
@@ -61,7 +66,7 @@ def sample(
         seed: of the noise.
         device: cpu, cuda or mps.
     """
-    denoiser = load(model, device)
+    denoiser = load_model(model, device)
     config = denoiser.network.config
     labels = None
     if config["classes"] is not None:
@@ -89,7 +94,8 @@ def evaluate(
     """Measure a model on held-out images, and its samples where the package has a judge for them.
 
     Args:
-        model: a run's folder, a .safetensors file, a folder in diffusers' layout, or the name of a shipped model.
+        model: a run's folder, a .safetensors file, a folder in diffusers' layout, the paper's released weights as
+            converted by pytorch_diffusion (.ckpt), or the name of a shipped model.
         dataset: the data that the model learned.
         root: where its files lie; of an image folder, one with images that were not trained on.
         number: images and samples.
@@ -100,7 +106,7 @@ def evaluate(
         out: write the figures to this JSON file, too.
     """
     figures = measure(
-        load(model), dataset, root=root, number=number, steps=steps, eta=eta, variance=variance, seed=seed
+        load_model(model), dataset, root=root, number=number, steps=steps, eta=eta, variance=variance, seed=seed
     )
     for name, value in figures.items():
         print(f"{name:42} {value:.4f}")
@@ -108,17 +114,29 @@ def evaluate(
         write_file(out, (json.dumps(figures, indent=2) + "\n").encode())
 
 
-def export(model: Model, to: Annotated[Path, tyro.conf.Positional]) -> None:
+def export(
+    model: Model,
+    to: Annotated[Path, tyro.conf.Positional],
+    variance: Literal["beta", "beta_tilde"] = "beta",
+    clip: bool = True,
+) -> None:
     """Write a model for others: NAME.onnx, NAME.safetensors (this library's), or a folder in diffusers' layout.
 
     Args:
-        model: a run's folder, a .safetensors file, a folder in diffusers' layout, or the name of a shipped model.
+        model: a run's folder, a .safetensors file, a folder in diffusers' layout, the paper's released weights as
+            converted by pytorch_diffusion (.ckpt), or the name of a shipped model.
         to: what to write; of a run, the averaged weights.
+        variance: with which diffusers' pipeline is to sample (the other two files leave that to whoever samples).
+        clip: whether that pipeline is to clip its guess of the image to [-1, 1].
     """
-    writers = {".onnx": export_onnx, ".safetensors": save_denoiser, "": interop.to_diffusers}
+    writers = {
+        ".onnx": export_onnx,
+        ".safetensors": save_denoiser,
+        "": partial(to_diffusers, variance=variance, clip=clip),
+    }
     if to.suffix not in writers:
         raise ValueError(f"export writes NAME.onnx, NAME.safetensors or a folder; got {to}.")
-    writers[to.suffix](load(model), to)
+    writers[to.suffix](load_model(model), to)
     print(to)
 
 
@@ -126,9 +144,10 @@ def info(model: Model) -> None:
     """Say what a model is.
 
     Args:
-        model: a run's folder, a .safetensors file, a folder in diffusers' layout, or the name of a shipped model.
+        model: a run's folder, a .safetensors file, a folder in diffusers' layout, the paper's released weights as
+            converted by pytorch_diffusion (.ckpt), or the name of a shipped model.
     """
-    denoiser = load(model)
+    denoiser = load_model(model)
     print(f"{'parameters':22} {sum(p.numel() for p in denoiser.parameters()):,}")
     print(f"{'predicts':22} {denoiser.predicts}")
     print(f"{'schedule':22} {denoiser.schedule}")
@@ -181,7 +200,7 @@ def main(arguments: list[str]) -> None:
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.CascadeSubcommandArgs),
         )
-    except (ValueError, run.RunError, NonFiniteError) as error:
+    except (ValueError, OSError, ImportError, run.RunError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -301,7 +301,7 @@ def _unet_options(config: dict, where: str) -> dict:
     written = _unet_config(options | {"patch_size": 1})
     config = config | {key: written[key] for key, value in same.items() if config.get(key) == value}
     _demand(config, written, where)
-    if unknown := {key: v for key, v in config.items() if key not in written.keys() | IGNORED and key[0] != "_"}:
+    if unknown := {key: v for key, v in config.items() if not (key in written.keys() | IGNORED or key.startswith("_"))}:
         raise _unsupported(where, {key: (value, "leaving it out") for key, value in unknown.items()})
     return options
 

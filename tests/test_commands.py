@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tiny_models import tiny_denoiser
 
-from ddpm_lib import load_denoiser, run
-from ddpm_lib.__main__ import main
-from ddpm_lib.interop import from_diffusers
+from ddpm_lib import Schedule, load_denoiser, pretrained, run, save_denoiser
+from ddpm_lib.__main__ import load_model, main
+from ddpm_lib.interop import diffusers_sampling, from_diffusers, to_diffusers
+from ddpm_lib.names import names
 from ddpm_lib.recipe import Recipe, recipe_names
 from tests.tiny_data import tiny_data
 
@@ -79,13 +82,18 @@ def test_a_recipe_from_the_first_step_to_the_export(name, data, tmp_path, capsys
     assert "loss on held-out images, t = 31 to 40" in told
     assert ("label accuracy, samples" in told) == (dataset in ("digits", "fashion-mnist"))
 
-    for target in ("model.safetensors", "folder", *(["model.onnx"] if name == "digits" else [])):
-        said(capsys, "export", folder, tmp_path / target)
+    others = {"model.safetensors": load_denoiser}
+    if recipe.network.patch_size == 1:
+        others["folder"] = from_diffusers
+    else:
+        with pytest.raises(SystemExit, match="diffusers' UNet2DModel has no patches"):
+            main(["export", str(folder), str(tmp_path / "folder")])
     x, t = torch.randn(2, *shape(recipe)), torch.tensor([1, 40])
     ours = run.load_run(folder)
-    for other in (load_denoiser(tmp_path / "model.safetensors"), from_diffusers(tmp_path / "folder")):
+    for target, read in others.items():
+        said(capsys, "export", folder, tmp_path / target)
         with torch.no_grad():
-            torch.testing.assert_close(other(x, t).eps, ours(x, t).eps, rtol=0, atol=0)
+            torch.testing.assert_close(read(tmp_path / target)(x, t).eps, ours(x, t).eps, rtol=0, atol=0)
     assert f"{sum(p.numel() for p in ours.parameters()):,}" in said(capsys, "info", folder)
 
 
@@ -100,11 +108,68 @@ def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """One network in every form that a MODEL argument may have."""
+    folder = tmp_path_factory.mktemp("models")
+    options = {"image_size": 16, "base_channels": 32, "groups": 32, "channel_multipliers": (1,)}
+    denoiser = tiny_denoiser(Schedule.linear(1000), **options, attention_resolutions=(16,))
+    save_denoiser(denoiser, folder / "run" / "checkpoints" / "step-000000001.safetensors")
+    save_denoiser(denoiser, folder / "ours.safetensors")
+    to_diffusers(denoiser, folder / "diffusers")
+    theirs = names(denoiser.network, "port")
+    released = {theirs[name]: value for name, value in denoiser.network.state_dict().items()}
+    save_file(released, folder / "released.safetensors")
+    torch.save(released, folder / "released.ckpt")
+    return folder, denoiser
+
+
+@pytest.mark.parametrize("form", ["run", "ours.safetensors", "diffusers", "released.safetensors", "released.ckpt"])
+def test_a_model_is_taken_in_every_form(models, form, tmp_path, capsys):
+    folder, denoiser = models
+    found = load_model(str(folder / form))
+    x = torch.randn(2, 1, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(found(x, 500).eps, denoiser.eval()(x, 500).eps)
+    assert "image_size             16" in said(capsys, "info", folder / form)
+    said(capsys, "sample", folder / form, "--out", tmp_path / "sheet.png", "--number", 1, "--steps", 1)
+    said(capsys, "export", folder / form, tmp_path / "again.safetensors")
+    assert torch.equal(load_denoiser(tmp_path / "again.safetensors").network.stem.bias, denoiser.network.stem.bias)
+
+
+def test_export_says_how_the_pipeline_of_diffusers_samples(tmp_path, capsys):
+    said(capsys, "export", "digits", tmp_path / "default")
+    said(capsys, "export", "digits", tmp_path / "other", "--variance", "beta_tilde", "--no-clip")
+    assert diffusers_sampling(tmp_path / "default") == {"variance": "beta", "clip": True}
+    assert diffusers_sampling(tmp_path / "other") == {"variance": "beta_tilde", "clip": False}
+
+
+def test_export_writes_onnx_where_the_name_says_so(tmp_path, capsys, monkeypatch):
+    """By the function that has tests of its own, and takes half a minute."""
+    asked = []
+    monkeypatch.setattr("ddpm_lib.__main__.export_onnx", lambda *arguments: asked.append(arguments))
+    said(capsys, "export", "digits", tmp_path / "model.onnx")
+    ((denoiser, path),) = asked
+    assert path == tmp_path / "model.onnx"
+    assert torch.equal(denoiser.network.stem.weight, pretrained("digits").network.stem.weight)
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "export", "info"])
+def test_help_lists_every_form_of_a_model(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for form in ("run's folder", ".safetensors", "diffusers' layout", "pytorch_diffusion (.ckpt)", "shipped model"):
+        assert form in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["sample", "nobody"], "the package ships no model 'nobody'"),
         (["info", "missing.safetensors"], "there is no checkpoint at missing.safetensors"),
+        (["info", "missing.ckpt"], "there is no checkpoint at missing.ckpt"),
+        (["export", "digits", "."], ". is there already"),
         (["export", "digits", "model.txt"], "NAME.onnx, NAME.safetensors or a folder; got model.txt"),
         (["train", "missing.toml"], "no recipe 'missing.toml'"),
         (["train", "image-folder", "--device", "cpu"], "image-folder needs root"),

@@ -1,6 +1,9 @@
 """The paper's released weights, as the PyTorch port names them. The port is written anew; its weights are random."""
 
+import contextlib
 import math
+import os
+import random
 
 import pytest
 import torch
@@ -149,3 +152,63 @@ def test_a_file_that_is_not_the_port_is_refused(tmp_path):
         save_file({key: value for key, value in state.items() if key != name}, path)
         with pytest.raises(CheckpointError, match=r"port\.safetensors"):
             from_pytorch_diffusion(path, image_size=4)
+
+
+# The port's own files are pickles
+
+
+@pytest.fixture
+def ckpt(tmp_path):
+    torch.save(draw_parameters(Port(32, (1,), 1, {0})).state_dict(), tmp_path / "model.ckpt")
+    return tmp_path / "model.ckpt"
+
+
+def test_the_port_s_own_file_gives_the_model_of_its_safetensors(ckpt, tmp_path):
+    save_file(torch.load(ckpt, weights_only=True), tmp_path / "port.safetensors")
+    a, b = from_pytorch_diffusion(ckpt), from_pytorch_diffusion(tmp_path / "port.safetensors")
+    assert a.network.config == b.network.config
+    assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+class Bomb:
+    """Unpickling it leaves a folder behind."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_code_in_a_pickle_is_never_run(tmp_path):
+    torch.save({"conv_in.weight": Bomb(tmp_path / "fired")}, tmp_path / "model.ckpt")
+    with pytest.raises(CheckpointError, match="without running code"):
+        from_pytorch_diffusion(tmp_path / "model.ckpt")
+    assert not (tmp_path / "fired").exists()
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(1)], {"step": 3}, torch.zeros(2)], ids=["list", "number", "tensor"])
+def test_a_pickle_of_other_things_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "model.ckpt")
+    with pytest.raises(CheckpointError, match=r"model\.ckpt must hold tensors by their names"):
+        from_pytorch_diffusion(tmp_path / "model.ckpt")
+
+
+def test_a_damaged_pickle_is_refused_or_gives_weights_of_the_same_shapes(ckpt):
+    """Every cut is noticed; the format has no checksum over all of it, so a flipped bit may not be."""
+    whole, rng = ckpt.read_bytes(), random.Random(5)
+    for _ in range(30):
+        ckpt.write_bytes(whole[: rng.randrange(len(whole))])
+        with pytest.raises(CheckpointError, match=r"model\.ckpt"):
+            from_pytorch_diffusion(ckpt)
+    for _ in range(60):
+        place = rng.choice([rng.randrange(5000), rng.randrange(len(whole) - 8000, len(whole))])
+        ckpt.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+        with contextlib.suppress(CheckpointError):
+            from_pytorch_diffusion(ckpt)
+
+
+def test_a_torch_whose_loader_was_unsafe_is_not_used(ckpt, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(CheckpointError, match=r"torch 2\.5\.1\+cpu cannot read safely: take 2\.6 or newer"):
+        from_pytorch_diffusion(ckpt)
