@@ -1,6 +1,7 @@
 """Denoising diffusion probabilistic models: a schedule, a denoiser, a sampler, and what a book about them needs."""
 
 from . import plots
+from .bound import bound_terms
 from .checkpoint import CheckpointError, load_denoiser, pretrained, save_denoiser
 from .classifier import Classifier, pretrained_classifier
 from .data import cifar10, digits, fashion_mnist, image_folder, load_images, mnist, spiral
@@ -33,6 +34,7 @@ __all__ = [
     "Trainer",
     "UNet",
     "best_device",
+    "bound_terms",
     "cifar10",
     "diffusers_sampling",
     "digits",
