@@ -281,6 +281,20 @@ MUTANTS = {
         "equations_unet",
         "a network that draws any digit",
     ),
+    "places not put back to pixels": Mutant(
+        "unet.py",
+        'return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config["patch_size"])',
+        "return self.head(F.silu(self.norm(h)))",
+        "unet",
+        "an image of patches",
+    ),
+    "pixels of a patch by columns": Mutant(
+        "unet.py",
+        'F.pixel_unshuffle(x, self.config["patch_size"])',
+        'F.pixel_unshuffle(x.mT, self.config["patch_size"]).mT',
+        "unet",
+        "going in in one order and out in another",
+    ),
     # training.py
     "the parts of a batch added up": Mutant(
         "training.py",
@@ -452,6 +466,16 @@ MUTANTS = {
         "checkpoint",
         "tensors may change their names",
     ),
+    "weights that are no numbers": Mutant(
+        "checkpoint.py", " or not value.isfinite().all():", ":", "checkpoint", "a model that says NaN"
+    ),
+    "Adam's state not looked at": Mutant(
+        "training.py",
+        "        check_fit(self._tensors(moments if has_moments else {}), tensors, str(path))\n",
+        "",
+        "checkpoint",
+        "a missing moment would start anew, a misshaped one break the next step",
+    ),
     "pickles read": Mutant(
         "checkpoint.py",
         "    try:\n        with safe_open(",
@@ -557,6 +581,59 @@ MUTANTS = {
         "data.py", "TRAIN = 1347", "TRAIN = 1350", "data", "test images trained on"
     ),
     "grey levels off by one": Mutant("data.py", "/ 8 - 1,", "/ 7.5 - 1,", "data", "values beyond 1"),
+    "IDX sizes in the machine's byte order": Mutant(
+        "data.py", 'f">{dimensions}I"', 'f"<{dimensions}I"', "data", "the format has the high byte first"
+    ),
+    "labels not counted": Mutant(
+        "data.py",
+        "if images.shape != (len(labels), 28, 28) or len(labels) == 0:",
+        "if images.shape[1:] != (28, 28) or len(labels) == 0:",
+        "data",
+        "images with the labels of others",
+    ),
+    "labels beyond the classes": Mutant(
+        "data.py", "and 0 <= label <= 9 for", "and 0 <= label for", "data", "a damaged label"
+    ),
+    "colours interleaved": Mutant(
+        "data.py",
+        "torch.tensor(images).view(-1, 3, 32, 32)",
+        "torch.tensor(images).view(-1, 32, 32, 3).permute(0, 3, 1, 2)",
+        "data",
+        "CIFAR-10 stores one colour plane after the other",
+    ),
+    "whatever a pickle names": Mutant(
+        "data.py", "if (module, name) not in self.allowed:", "if False:", "data", "names that no batch has"
+    ),
+    "more behind the end of a gzip stream": Mutant(
+        "data.py", "if not unzip.eof or unzip.unused_data:", "if not unzip.eof:", "data", "a file that goes on"
+    ),
+    # download.py
+    "md5 of data not compared": Mutant(
+        "download.py", "if md5 is not None and md5_of(content) != md5:", "if False:", "data", "damage unseen"
+    ),
+    "md5 of what came last": Mutant(
+        "download.py",
+        "found = md5_of(part.read_bytes())",
+        "found = md5_of(part.read_bytes()[held:])",
+        "download",
+        "a download in two parts has one md5",
+    ),
+    "resumed one byte late": Mutant(
+        "download.py", 'f"bytes={held}-"}', 'f"bytes={held + 1}-"}', "download", "a byte is missing"
+    ),
+    "a resumed part written anew": Mutant(
+        "download.py", 'part.open("ab" if held else "wb")', 'part.open("wb")', "download", "the first part is lost"
+    ),
+    "downloaded under the final name": Mutant(
+        "download.py",
+        'part = path.with_name(f"{path.name}.part")',
+        "part = path",
+        "download",
+        "half a file looks like a whole one",
+    ),
+    "a download not flushed to disk": Mutant(
+        "download.py", "            os.fsync(file.fileno())\n", "", "download", "a rename before the data"
+    ),
 }
 
 
