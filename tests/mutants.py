@@ -634,6 +634,49 @@ MUTANTS = {
     "a download not flushed to disk": Mutant(
         "download.py", "            os.fsync(file.fileno())\n", "", "download", "a rename before the data"
     ),
+    # metrics.py, bound.py, families.py
+    "a ball reaches one neighbour too short": Mutant(
+        "metrics.py", ".kthvalue(k + 1)", ".kthvalue(k)", "metrics", "the point itself counted as a neighbour"
+    ),
+    "precision for recall": Mutant(
+        "metrics.py",
+        "_share_within(generated, real, k), _share_within(real, generated, k)",
+        "_share_within(real, generated, k), _share_within(generated, real, k)",
+        "metrics",
+        "the two figures change places",
+    ),
+    "kernel distance with bias": Mutant(
+        "metrics.py",
+        "(values.sum() - values.trace()) / (len(x) * (len(x) - 1))",
+        "values.mean()",
+        "metrics",
+        "each point compared with itself, too",
+    ),
+    "Inception score of the mean alone": Mutant(
+        "metrics.py", "(log_p - log_mean)", "-log_mean", "metrics", "unsure classifiers count as diverse samples"
+    ),
+    "prior without the signal": Mutant(
+        "bound.py", "(signal * _sum(x0.square())", "(_sum(x0.square())", "bound", "x_T taken for x_0"
+    ),
+    "KL without its logarithm": Mutant(
+        "bound.py", "(ratio - 1 - math.log(ratio))", "(ratio - 1)", "bound", "a term of the KL of Gaussians forgotten"
+    ),
+    "the decoder's variance at t = 1": Mutant(
+        "bound.py", "math.log(2 * math.pi * sigma2)", "math.log(2 * math.pi)", "bound", "a density not normalised"
+    ),
+    "KL of the encoder without its logarithm": Mutant(
+        "families.py", "- 1 - 2 * log_sigma)", "- 1)", "families", "a term of the KL of Gaussians forgotten"
+    ),
+    "the flow's determinant upside down": Mutant(
+        "families.py", "+ shift, log_scale.sum(1)", "+ shift, -log_scale.sum(1)", "families", "the inverse's Jacobian"
+    ),
+    "the discriminator's fakes unseen": Mutant(
+        "families.py",
+        "+ F.softplus(self.discriminator(generated))",
+        "+ F.softplus(-self.discriminator(generated))",
+        "families",
+        "generated points called real in training",
+    ),
 }
 
 
