@@ -117,6 +117,7 @@ def evaluate(
 def export(
     model: Model,
     to: Annotated[Path, tyro.conf.Positional],
+    half: bool = False,
     variance: Literal["beta", "beta_tilde"] = "beta",
     clip: bool = True,
 ) -> None:
@@ -126,12 +127,13 @@ def export(
         model: a run's folder, a .safetensors file, a folder in diffusers' layout, the paper's released weights as
             converted by pytorch_diffusion (.ckpt), or the name of a shipped model.
         to: what to write; of a run, the averaged weights.
+        half: store the weights of NAME.safetensors in float16, in half the space.
         variance: with which diffusers' pipeline is to sample (the other two files leave that to whoever samples).
         clip: whether that pipeline is to clip its guess of the image to [-1, 1].
     """
     writers = {
         ".onnx": export_onnx,
-        ".safetensors": save_denoiser,
+        ".safetensors": partial(save_denoiser, half=half),
         "": partial(to_diffusers, variance=variance, clip=clip),
     }
     if to.suffix not in writers:
