@@ -9,6 +9,7 @@ all; the ratios are medians over these rounds. It takes a few minutes.
 
 import copy
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -132,6 +133,8 @@ def measure(device: torch.device) -> dict:
         "hardware": hardware(device),
         "device": device.type,
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),  # above the number of cores: others were at work, too
         "bfloat16_in_hardware": _has_bfloat16(device),
         **size,
         "rounds": ROUNDS,

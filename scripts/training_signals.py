@@ -55,20 +55,26 @@ def gradient_noise(denoiser: Denoiser) -> dict:
         rows.append([gradient(denoiser, batch[0], s, e, batch[1]) for s, e in zip((t, t, other_t), eps)])
     first, same_t, same_images = draws = [torch.stack(row) for row in zip(*rows)]
     means = sum(draws) / len(draws)
-    without = [cross(torch.cat([means[:i], means[i + 1 :]])) for i in range(PARTS)]
+    squared_length, error = squared_expectation(means @ means.T)
     return {
-        "squared_length": cross(means),
-        "error_of_squared_length": float(torch.tensor(without).std(correction=0)) * (PARTS - 1) ** 0.5,  # jackknife
+        "squared_length": squared_length,
+        "error_of_squared_length": error,
         "trace": PART * float(first.var(0).sum()),
         "trace_of_eps": PART * scatter(first, same_t),
         "trace_of_t_and_eps": PART * scatter(first, same_images),
     }
 
 
-def cross(rows: Tensor) -> float:
-    """Mean product of two different rows: the squared length of their expectation, without bias."""
-    n = len(rows)
-    return float(rows.sum(0).square().sum() - rows.square().sum()) / (n * (n - 1))
+def squared_expectation(products: Tensor) -> tuple[float, float]:
+    """From the products of all pairs of rows: squared length of their expectation, and the jackknife's error of it.
+
+    Only products of different rows count, so that the estimate has no bias.
+    """
+    n = len(products)
+    off = products - products.diag().diag()
+    estimate = off.sum() / (n * (n - 1))
+    without = (off.sum() - 2 * off.sum(1)) / ((n - 1) * (n - 2))
+    return float(estimate), float(without.std(correction=0) * (n - 1) ** 0.5)
 
 
 @torch.no_grad()
