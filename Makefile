@@ -13,10 +13,10 @@ CHAPTERS = $(wildcard book/*.ipynb)
 INPUTS = $(sort $(wildcard ddpm_lib/*.py ddpm_lib/datasets/* ddpm_lib/models/*)) constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test unit chapters browser lint format notebooks mutants colab wheel digits address hooks clean
+.PHONY: help book serve test unit chapters browser lint format notebooks mutants colab wheel digits fashion-mnist address hooks clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ...")'
@@ -40,10 +40,10 @@ serve: ## show the built book at http://localhost:8000 (PORT=... for another por
 
 test: lint unit chapters ## lint, test the package, and compare every chapter with its stored outputs
 
-unit: $(INSTALLED)
+unit: $(INSTALLED) ## test the package
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope -m "not browser" tests
 
-chapters: $(INSTALLED)
+chapters: $(INSTALLED) ## compare every chapter with its stored outputs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadscope -W default \
 	    --nbval --nbval-current-env --nbval-cell-timeout 600 book
 
@@ -74,7 +74,12 @@ wheel: $(INSTALLED) ## build the wheel of ddpm_lib, data and models included, in
 digits: $(INSTALLED) ## train the shipped digits model again
 	$(BIN)/python -m ddpm_lib train digits --folder _build/digits --device cpu
 	$(BIN)/python -m ddpm_lib export _build/digits ddpm_lib/models/digits.safetensors
-	$(BIN)/python -m scripts.digits
+	$(BIN)/python -m scripts.model_card digits
+
+fashion-mnist: $(INSTALLED) ## train the shipped Fashion-MNIST model again (needs its data, see README)
+	OMP_NUM_THREADS=1 $(BIN)/python -m ddpm_lib train fashion-mnist --folder _build/fashion-mnist --device cpu
+	$(BIN)/python -m ddpm_lib export _build/fashion-mnist ddpm_lib/models/fashion-mnist.safetensors --half
+	$(BIN)/python -m scripts.model_card fashion-mnist
 
 address: ## carry the public address everywhere: make address REPOSITORY=owner/name
 	$(PYTHON) -m tools.address $(REPOSITORY)
