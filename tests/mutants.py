@@ -634,6 +634,13 @@ MUTANTS = {
     "a download not flushed to disk": Mutant(
         "download.py", "            os.fsync(file.fileno())\n", "", "download", "a rename before the data"
     ),
+    "parts of a batch summed, not averaged": Mutant(
+        "training.py",
+        "self.scaler.scale(mine.mean() / self.accumulate)",
+        "self.scaler.scale(mine.mean())",
+        "training",
+        "a gradient as many times too long as there are parts",
+    ),
     # metrics.py, bound.py, families.py
     "a ball reaches one neighbour too short": Mutant(
         "metrics.py", ".kthvalue(k + 1)", ".kthvalue(k)", "metrics", "the point itself counted as a neighbour"
