@@ -18,7 +18,6 @@ On a CPU each precision is timed as it comes; on CUDA also with what makes it fa
 
 import argparse
 import datetime
-import platform
 import statistics
 import sys
 import time
@@ -26,7 +25,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import torch
@@ -37,8 +35,9 @@ from ema_pytorch import EMA
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.speed_ladder import hardware
 from ddpm_lib import Denoiser, Schedule, Trainer, UNet, step
-from ddpm_lib.training import _has_bfloat16
+from ddpm_lib.training import has_bfloat16
 
 # What denoising-diffusion-pytorch takes from torchvision, to read and write image files, is not timed; and torchvision
 # loads only with the very build of torch that it was made for. A stand-in takes its place.
@@ -251,14 +250,6 @@ def table(contestants: list[Contestant], times: list[list[float]], memory: list[
         yield f"| {' | '.join(row)} |"
 
 
-def hardware(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
@@ -266,7 +257,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     options = parser.parse_args(arguments)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "denoising-diffusion-pytorch"))
-    print(f"{hardware(options.device)}; {versions}; batch {options.batch}; {datetime.date.today()}.")
+    device = torch.device(options.device)
+    threads = "" if options.device == "cuda" else f", {torch.get_num_threads()} threads"
+    print(f"{hardware(device)}{threads}; {versions}; batch {options.batch}; {datetime.date.today()}.")
     images = torch.rand(max(64, options.batch), 3, SIZE, SIZE) * 2 - 1
     for task in ("training", "sampling"):
         contestants = field(task, images, options.batch, options.device)
@@ -275,7 +268,7 @@ def main(arguments: list[str]) -> None:
         print(*table(contestants, times, memory, options.batch), sep="\n", flush=True)
         if task == "training":
             by_name = {contestant.name: column for contestant, column in zip(contestants, times)}
-            default = f"ours, {'bfloat16' if _has_bfloat16(torch.device(options.device)) else 'float32'}"
+            default = f"ours, {'bfloat16' if has_bfloat16(device) else 'float32'}"
             _, told = compared(by_name["diffusers, float32"], by_name[default])
             print(f"\nAs each comes here: the time of diffusers, float32, over that of {default}: {told}.")
 

@@ -26,7 +26,15 @@ from .released import PICKLES, from_pytorch_diffusion, is_port
 from .sampling import sample as draw_samples
 from .training import NonFiniteError
 
-Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+Model = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        metavar="MODEL",
+        help="a run's folder, a .safetensors file, a folder in diffusers' layout, the paper's released weights as "
+        "converted by pytorch_diffusion (.ckpt), or the name of a shipped model.",
+    ),
+]
 
 
 def load_model(model: str, device: str = "cpu") -> Denoiser:
@@ -55,8 +63,6 @@ def sample(
     """Draw images and write them as one sheet.
 
     Args:
-        model: a run's folder, a .safetensors file, a folder in diffusers' layout, the paper's released weights as
-            converted by pytorch_diffusion (.ckpt), or the name of a shipped model.
         out: the picture.
         number: how many images.
         steps: of the sampler; the full T by default.
@@ -94,8 +100,6 @@ def evaluate(
     """Measure a model on held-out images, and its samples where the package has a judge for them.
 
     Args:
-        model: a run's folder, a .safetensors file, a folder in diffusers' layout, the paper's released weights as
-            converted by pytorch_diffusion (.ckpt), or the name of a shipped model.
         dataset: the data that the model learned.
         root: where its files lie; of an image folder, one with images that were not trained on.
         number: images and samples.
@@ -124,8 +128,6 @@ def export(
     """Write a model for others: NAME.onnx, NAME.safetensors (this library's), or a folder in diffusers' layout.
 
     Args:
-        model: a run's folder, a .safetensors file, a folder in diffusers' layout, the paper's released weights as
-            converted by pytorch_diffusion (.ckpt), or the name of a shipped model.
         to: what to write; of a run, the averaged weights.
         half: store the weights of NAME.safetensors in float16, in half the space.
         variance: with which diffusers' pipeline is to sample (the other two files leave that to whoever samples).
@@ -143,12 +145,7 @@ def export(
 
 
 def info(model: Model) -> None:
-    """Say what a model is.
-
-    Args:
-        model: a run's folder, a .safetensors file, a folder in diffusers' layout, the paper's released weights as
-            converted by pytorch_diffusion (.ckpt), or the name of a shipped model.
-    """
+    """Say what a model is."""
     denoiser = load_model(model)
     print(f"{'parameters':22} {sum(p.numel() for p in denoiser.parameters()):,}")
     print(f"{'predicts':22} {denoiser.predicts}")

@@ -19,6 +19,7 @@ from .loss import simple_loss
 from .prediction import Denoiser
 from .sampling import sample
 from .schedule import Schedule, _positive_int
+from .training import keyed_randomness
 from .unet import TimeEmbedding
 
 LOG_2PI = math.log(2 * math.pi)
@@ -71,16 +72,11 @@ class Family(nn.Module):
             raise ValueError(f"data must have shape (N, {self.size}); got {tuple(data.shape)}.")
         average = copy.deepcopy(self)
         optimisers = self._optimisers()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            state = torch.get_rng_state()
         for step in range(_positive_int("steps", steps)):
             for optimiser in optimisers:
                 optimiser.param_groups[0]["lr"] = self.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(state)
+            with keyed_randomness(seed, step, data.device):
                 loss = self._update(data[torch.randint(len(data), (batch_size,))], *optimisers)
-                state = torch.get_rng_state()
             decay = min(0.995, (1 + step) / (10 + step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(average.parameters()), list(self.parameters()), 1 - decay)

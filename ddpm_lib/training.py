@@ -417,13 +417,13 @@ def _check_labels(denoiser: Denoiser, images: Tensor, labels: Tensor | None) -> 
 
 def _mixed_precision(precision: str, device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
     if precision == "auto":
-        precision = "bfloat16" if _has_bfloat16(device) else "float32"
+        precision = "bfloat16" if has_bfloat16(device) else "float32"
     half = torch.float16 if precision == "float16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=precision != "float32")
     return autocast, torch.amp.GradScaler(device.type, enabled=precision == "float16")
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

@@ -4,7 +4,8 @@ import json
 
 import torch
 
-from scripts import speed_ladder, training_signals
+from benchmarks import speed_ladder
+from scripts import training_signals
 from scripts.training_signals import PART, PARTS, RANGES, STAGES, squared_expectation
 
 

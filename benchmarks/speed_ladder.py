@@ -1,6 +1,6 @@
 """Time a training step of the paper's CIFAR-10 model with one option of ``Trainer`` more at each rung.
 
-    python -m scripts.speed_ladder
+    python -m benchmarks.speed_ladder
 
 adds this machine's rows to ``ddpm_lib/datasets/speed_ladder.json``, where the chapter "Scaling up" reads them. A row
 that the same hardware had before is replaced. The rungs take turns, so that whatever else the machine does meets them
@@ -19,12 +19,12 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ddpm_lib import Denoiser, Trainer, best_device, simple_loss
+from ddpm_lib.cost import per_image
 from ddpm_lib.recipe import Recipe
-from ddpm_lib.training import _has_bfloat16
+from ddpm_lib.training import has_bfloat16
 
 RESULTS = Path(__file__).parent.parent / "ddpm_lib" / "datasets" / "speed_ladder.json"
 ROUNDS = 5
@@ -100,22 +100,13 @@ def timed(recipe: Recipe, pixels: Tensor, batch: int, steps: int, device: torch.
     return seconds
 
 
-def flops(recipe: Recipe, batch: int) -> int:
-    """Of a training step: three times the forward pass."""
-    config = recipe.network
-    network = recipe.denoiser().network.to("meta")
-    x = torch.zeros(batch, config.in_channels, config.image_size, config.image_size, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        network(x, torch.zeros(batch, dtype=torch.long, device="meta"))
-    return 3 * counter.get_total_flops()
-
-
 def hardware(device: torch.device) -> str:
+    """Name of the processor that computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def measure(device: torch.device) -> dict:
@@ -123,7 +114,7 @@ def measure(device: torch.device) -> dict:
     size = CPU if device.type == "cpu" else GPU
     pixels = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     seconds = timed(recipe, pixels, **size, device=device)
-    work = flops(recipe, size["batch"])
+    work = 3 * size["batch"] * per_image(recipe)[0]
     rows = []
     for name, values in seconds.items():
         ratio = median(first / value for first, value in zip(seconds["plain loop"], values))
@@ -135,7 +126,7 @@ def measure(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),  # above the number of cores: others were at work, too
-        "bfloat16_in_hardware": _has_bfloat16(device),
+        "bfloat16_in_hardware": has_bfloat16(device),
         **size,
         "rounds": ROUNDS,
         "torch": torch.__version__.split("+")[0],
