@@ -6,6 +6,7 @@ from .checkpoint import CheckpointError, load_denoiser, pretrained, save_denoise
 from .classifier import Classifier, pretrained_classifier
 from .data import cifar10, digits, fashion_mnist, image_folder, load_images, mnist, spiral
 from .download import DataError
+from .guidance import Guided
 from .interop import diffusers_sampling, from_diffusers, to_diffusers
 from .loss import simple_loss
 from .metrics import frechet_distance, inception_score, kernel_distance, precision_recall, sliced_wasserstein
@@ -26,6 +27,7 @@ __all__ = [
     "Denoiser",
     "Gaussian",
     "GaussianMixture",
+    "Guided",
     "NonFiniteError",
     "Prediction",
     "SampleStep",

@@ -45,6 +45,13 @@ class GaussianMixture:
         self.weights = self.weights / self.weights.sum()
         self.covariances = covariances
 
+    @classmethod
+    def ring(cls, modes: int = 8, radius: float = 1.4, deviation: float = 0.1) -> GaussianMixture:
+        """Equal round Gaussians in the plane, evenly spaced on a circle around 0: easy to see, hard to cover."""
+        angle = 2 * torch.pi * torch.arange(modes, dtype=torch.float64) / modes
+        means = radius * torch.stack([angle.cos(), angle.sin()], dim=1)
+        return cls(torch.ones(modes), means, torch.full((modes,), deviation**2))
+
     @property
     def mean(self) -> Tensor:
         """Mean (d,) of the mixture."""

@@ -211,3 +211,13 @@ def test_weights_are_scaled_to_sum_to_one():
 def test_draws_repeat_with_a_generator():
     a, b = (PLANE.sample(5, torch.Generator().manual_seed(2)) for _ in range(2))
     assert torch.equal(a, b)
+
+
+def test_a_ring_is_even_and_centred():
+    """The covariance of points spread evenly on a circle is radius^2 / 2, and each component adds its own."""
+    ring = GaussianMixture.ring(5, radius=2.0, deviation=0.3)
+    torch.testing.assert_close(ring.mean, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ring.covariance, torch.eye(2, dtype=torch.float64) * (2 + 0.09), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ring.means.norm(dim=1), torch.full((5,), 2.0, dtype=torch.float64))
+    neighbours = (ring.means - ring.means.roll(1, 0)).norm(dim=1)
+    torch.testing.assert_close(neighbours, torch.full((5,), 4 * math.sin(math.pi / 5), dtype=torch.float64))
