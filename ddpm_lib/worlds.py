@@ -50,7 +50,7 @@ class GaussianMixture:
         """Equal round Gaussians in the plane, evenly spaced on a circle around 0: easy to see, hard to cover."""
         angle = 2 * torch.pi * torch.arange(modes, dtype=torch.float64) / modes
         means = radius * torch.stack([angle.cos(), angle.sin()], dim=1)
-        return cls(torch.ones(modes), means, torch.full((modes,), deviation**2))
+        return cls([1.0] * modes, means, [deviation**2] * modes)
 
     @property
     def mean(self) -> Tensor:
