@@ -95,6 +95,8 @@ def evaluate(
     eta: float = 0.0,
     variance: Literal["beta", "beta_tilde"] = "beta",
     seed: int = 0,
+    inception: bool = False,
+    device: str = "cpu",
     out: Path | None = None,
 ) -> None:
     """Measure a model on held-out images, and its samples where the package has a judge for them.
@@ -102,16 +104,18 @@ def evaluate(
     Args:
         dataset: the data that the model learned.
         root: where its files lie; of an image folder, one with images that were not trained on.
-        number: images and samples.
+        number: of samples, and of held-out images where there are so many.
         steps: of the sampler.
         eta: 0 for deterministic DDIM, 1 for ancestral sampling.
         variance: the larger (beta) or the smaller (beta_tilde) of the paper's two.
         seed: of all noise.
+        inception: judge samples by the Inception network (FID, Inception score); needs 'ddpm-lib[inception]'.
+        device: cpu, cuda or mps.
         out: write the figures to this JSON file, too.
     """
-    figures = measure(
-        load_model(model), dataset, root=root, number=number, steps=steps, eta=eta, variance=variance, seed=seed
-    )
+    walk = {"steps": steps, "eta": eta, "variance": variance}
+    denoiser = load_model(model, device)
+    figures = measure(denoiser, dataset, root=root, number=number, seed=seed, inception=inception, **walk)
     for name, value in figures.items():
         print(f"{name:42} {value:.4f}")
     if out:

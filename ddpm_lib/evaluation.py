@@ -10,8 +10,9 @@ from torch import Tensor
 from .checkpoint import shipped_names
 from .classifier import Classifier, pretrained_classifier
 from .data import load_images
+from .inception import Inception
 from .loss import simple_loss
-from .metrics import frechet_distance
+from .metrics import frechet_distance, inception_score, precision_recall
 from .prediction import Denoiser
 from .sampling import sample
 
@@ -29,43 +30,60 @@ def evaluate(
     eta: float = 0.0,
     variance: str = "beta",
     seed: int = 0,
+    inception: bool = False,
 ) -> dict[str, float]:
     """Figures by name, from ``number`` held-out images and as many samples.
 
-    Always: the loss on held-out images, for each quarter of the steps t. Where the package ships a classifier for the
-    data set: the Frechet distance of the samples to training images in its features, and beside it that of real
-    held-out images, the floor; for a class-conditional model the share of samples that the classifier reads as the
-    class asked for, and of held-out images that it reads right.
+    Always: the loss on held-out images, for each quarter of the steps t. Where there is a judge of samples: their
+    Frechet distance to training images in its features, and beside it that of real held-out images, the floor; their
+    precision and recall. From the classifier that the package ships for a data set, for a class-conditional model
+    also the share of samples that it reads as the class asked for, and of held-out images that it reads right.
 
     Args:
+        denoiser: on any device; the work is done there.
         dataset, root: as for ``load_images``; of an image folder, one with held-out images.
-        number: images and samples.
+        number: of samples, and of held-out images where there are so many.
         steps, eta, variance: of the sampler, as for ``sample_steps``.
         seed: of steps, noise and samples.
+        inception: judge by ``Inception`` instead, against all training images: the Frechet distance is then the FID,
+            which is comparable with published ones at ``number`` 50,000. Also gives the Inception score. Where there
+            are no training images beside the held-out ones (an image folder), the held-out ones stand for both.
     """
     split = "train" if dataset == "image-folder" else "test"
-    images, labels = load_images(dataset, split, root=root, image_size=denoiser.network.config["image_size"])
-    images = _floats(images[:number])
+    device = next(denoiser.parameters()).device
+    size = denoiser.network.config["image_size"]
+    images, labels = load_images(dataset, split, root=root, image_size=size)
+    images = _floats(images[:number]).to(device)
     classes = denoiser.network.config["classes"]
-    labels = None if classes is None else labels[:number]
+    labels = None if classes is None else labels[:number].to(device)
     figures = _losses(denoiser, images, labels, seed)
-    if f"{dataset}-classifier" not in shipped_names():
+    if inception:
+        judge = Inception().to(device)
+        training = load_images(dataset, "train", root=root, image_size=size)[0]
+    elif f"{dataset}-classifier" in shipped_names():
+        judge = pretrained_classifier(dataset).to(device)
+        training = load_images(dataset, "train", root=root)[0][:REFERENCES]
+    else:
         return figures
-    judge = pretrained_classifier(dataset)
-    training = _features(judge, _floats(load_images(dataset, "train", root=root)[0][:REFERENCES]))
+    training = _features(judge, training)
     held_out = _features(judge, images)
-    wanted = None if classes is None else torch.arange(len(images)) % classes
+    wanted = None if classes is None else torch.arange(number, device=device) % classes
     generator = torch.Generator().manual_seed(seed)
     samples = []
-    for start in range(0, len(images), BATCH):
-        noise = torch.randn(images[start : start + BATCH].shape, generator=generator)
+    for start in range(0, number, BATCH):
+        noise = torch.randn(min(BATCH, number - start), *images.shape[1:], generator=generator).to(device)
         label = None if wanted is None else wanted[start : start + BATCH]
         walk = {"steps": steps, "eta": eta, "variance": variance}
         samples.append(sample(denoiser, x_T=noise, label=label, generator=generator, **walk).clamp(-1, 1))
     features = _features(judge, torch.cat(samples))
     figures["Frechet distance, samples to training"] = frechet_distance(features, training)
     figures["Frechet distance, held-out to training"] = frechet_distance(held_out, training)
-    if wanted is not None:
+    few = min(number, len(training), REFERENCES)
+    some = training[torch.randperm(len(training), generator=generator)[:few].to(device)]
+    figures["precision"], figures["recall"] = precision_recall(some, features[:few])
+    if inception:
+        figures["Inception score, samples"] = inception_score(judge.head(features))
+    elif wanted is not None:
         figures["label accuracy, samples"] = _accuracy(judge.head(features), wanted)
         figures["label accuracy, held-out"] = _accuracy(judge.head(held_out), labels)
     return figures
@@ -79,6 +97,7 @@ def _losses(denoiser: Denoiser, images: Tensor, labels: Tensor | None, seed: int
         low, high = quarter * T // 4 + 1, (quarter + 1) * T // 4
         t = torch.randint(low, high + 1, (len(images),), generator=generator)
         eps = torch.randn(images.shape, generator=generator)
+        t, eps = t.to(images.device), eps.to(images.device)
         columns = [images, t, eps] if labels is None else [images, t, eps, labels]
         with torch.no_grad():
             losses = [simple_loss(denoiser, *part) for part in zip(*(column.split(BATCH) for column in columns))]
@@ -86,8 +105,10 @@ def _losses(denoiser: Denoiser, images: Tensor, labels: Tensor | None, seed: int
     return figures
 
 
-def _features(judge: Classifier, images: Tensor) -> Tensor:
-    return torch.cat([judge.features(x) for x in images.split(BATCH)])
+@torch.no_grad()
+def _features(judge: Classifier | Inception, images: Tensor) -> Tensor:
+    device = next(judge.parameters()).device
+    return torch.cat([judge.features(_floats(x.to(device))) for x in images.split(BATCH)])
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MB = 1_000_000
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-BENCH = [Requirement(line) for line in EXTRAS.pop("bench")]  # for an environment of its own
+APART = [
+    Requirement(line) for name in ("bench", "inception") for line in EXTRAS.pop(name)
+]  # for environments of their own
 NEEDED = [Requirement(line) for group in (PROJECT["dependencies"], *EXTRAS.values()) for line in group]
 # Of the machine that wrote a file, not of the project: a folder under one of these roots, or a package index.
 MACHINE = re.compile(
@@ -61,7 +63,7 @@ def texts() -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("requirement", NEEDED + BENCH, ids=str)
+@pytest.mark.parametrize("requirement", NEEDED + APART, ids=str)
 def test_every_dependency_is_a_range_that_holds_its_pin(requirement):
     assert requirement.specifier
     assert not any(part.operator == "==" for part in requirement.specifier)
