@@ -23,6 +23,26 @@ from .training import keyed_randomness
 from .unet import TimeEmbedding
 
 LOG_2PI = math.log(2 * math.pi)
+LEVELS = 17  # grey levels of the digits
+
+
+def dequantise(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Points (N, D) with a density, from images of LEVELS grey levels in [-1, 1], as ``digits`` gives them.
+
+    Each level becomes an interval of width ``2 / LEVELS`` in [-1, 1), and each pixel a random point of its interval: so
+    a density p of points bounds the probability of an image, ``log P(image) >= E[log p] + D log(2 / LEVELS)``.
+
+    Source: Theis, van den Oord, Bethge (2016).
+    """
+    levels = ((images + 1) * (LEVELS - 1) / 2).round().flatten(1)
+    return (levels + torch.rand(levels.shape, generator=generator)) * 2 / LEVELS - 1
+
+
+def quantise(points: Tensor) -> Tensor:
+    """Undo ``dequantise``: square images (N, 1, size, size) in [-1, 1] from points (N, size^2)."""
+    size = math.isqrt(points.shape[1])
+    levels = ((points + 1) * LEVELS / 2).floor().clamp(0, LEVELS - 1).view(-1, 1, size, size)
+    return levels * 2 / (LEVELS - 1) - 1
 
 
 class Perceptron(nn.Module):
@@ -56,11 +76,10 @@ class Family(nn.Module):
 
     likelihood = "none"
     passes = 1
-    learning_rate = 2e-3
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, learning_rate: float):
         super().__init__()
-        self.size = _positive_int("size", size)
+        self.size, self.learning_rate = _positive_int("size", size), learning_rate
 
     def fit(self, data: Tensor, steps: int, *, batch_size: int = 256, seed: int = 0) -> Iterator[float]:
         """Train on data (N, size) for this many steps, and yield the loss after each.
@@ -96,7 +115,7 @@ class Family(nn.Module):
         raise NotImplementedError
 
     def _optimisers(self) -> list[torch.optim.Optimizer]:
-        return [torch.optim.Adam(self.parameters())]
+        return [torch.optim.Adam(self.parameters(), fused=True)]
 
     def _update(self, x: Tensor, optimiser: torch.optim.Optimizer) -> float:
         loss = self.loss(x)
@@ -110,10 +129,8 @@ class GAN(Family):
     The gradient penalty on real points is R1 of Mescheder, Geiger, Nowozin (2018).
     """
 
-    learning_rate = 1e-3
-
-    def __init__(self, size: int, latent: int = 16, width: int = 128, penalty: float = 0.1):
-        super().__init__(size)
+    def __init__(self, size: int, latent: int = 16, width: int = 92, penalty: float = 0.1, learning_rate: float = 1e-3):
+        super().__init__(size, learning_rate)
         self.latent, self.penalty = latent, penalty
         self.generator = Perceptron(latent, size, width)
         self.discriminator = Perceptron(size, 1, width)
@@ -131,7 +148,10 @@ class GAN(Family):
         return F.softplus(-self.discriminator(self.generator(torch.randn(n, self.latent)))).mean()
 
     def _optimisers(self) -> list[torch.optim.Optimizer]:
-        return [torch.optim.Adam(part.parameters(), betas=(0.5, 0.99)) for part in (self.discriminator, self.generator)]
+        return [
+            torch.optim.Adam(part.parameters(), betas=(0.5, 0.99), fused=True)
+            for part in (self.discriminator, self.generator)
+        ]
 
     def _update(self, x: Tensor, discriminator: torch.optim.Optimizer, generator: torch.optim.Optimizer) -> float:
         x = x.detach().requires_grad_()
@@ -147,8 +167,8 @@ class VAE(Family):
 
     likelihood = "bound"
 
-    def __init__(self, size: int, latent: int = 2, width: int = 128):
-        super().__init__(size)
+    def __init__(self, size: int, latent: int = 2, width: int = 92, learning_rate: float = 5e-3):
+        super().__init__(size, learning_rate)
         self.latent = latent
         self.encoder = Perceptron(size, 2 * latent, width)
         self.decoder = Perceptron(latent, size, width)
@@ -210,8 +230,8 @@ class Flow(Family):
 
     likelihood = "exact"
 
-    def __init__(self, size: int, layers: int = 8, width: int = 64):
-        super().__init__(size)
+    def __init__(self, size: int, layers: int = 8, width: int = 64, learning_rate: float = 5e-3):
+        super().__init__(size, learning_rate)
         if size < 2:
             raise ValueError(f"a coupling layer needs at least 2 entries to split; got size = {size}.")
         generator = torch.Generator().manual_seed(0)
@@ -258,8 +278,8 @@ class DDPM(Family):
 
     likelihood = "bound"
 
-    def __init__(self, size: int, T: int = 100, width: int = 128, blocks: int = 3):
-        super().__init__(size)
+    def __init__(self, size: int, T: int = 100, width: int = 92, blocks: int = 3, learning_rate: float = 5e-3):
+        super().__init__(size, learning_rate)
         self.passes = T
         self.denoiser = Denoiser(Perceptron(size, size, width, blocks, timed=True), Schedule.linear(T))
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal
 
-from ddpm_lib import GaussianMixture, sliced_wasserstein
-from ddpm_lib.families import DDPM, GAN, VAE, Flow
+from ddpm_lib import GaussianMixture, digits, sliced_wasserstein
+from ddpm_lib.families import DDPM, GAN, VAE, Flow, dequantise, quantise
 
 FAMILIES = {
     "GAN": lambda: GAN(2, latent=3, width=16),
@@ -184,3 +184,24 @@ def test_a_ddpm_learns_the_best_guess_of_an_analytic_world():
         with torch.no_grad():
             error = (model.denoiser(x_t, t).eps - best(x_t, t).eps).square().mean()
         assert error < 0.02
+
+
+def test_images_come_back_from_their_points_and_fill_their_intervals_evenly():
+    images = digits("test")[0]
+    points = dequantise(images, torch.Generator().manual_seed(0))
+    assert points.shape == (len(images), 64)
+    assert (points.min() >= -1, points.max() < 1) == (True, True)
+    assert torch.equal(quantise(points), images)
+    assert torch.equal(quantise(torch.full((1, 64), 3.0)), torch.ones(1, 1, 8, 8))
+    black = points[images.flatten(1) == -1]
+    assert float(black.max()) == pytest.approx(-1 + 2 / 17, abs=1e-3)
+    assert float(black.mean()) == pytest.approx(-1 + 1 / 17, abs=1e-3)
+
+
+def test_a_density_of_points_bounds_the_probability_of_an_image():
+    """With a density that is constant on each interval the bound is an equality: here, levels with known shares."""
+    share = torch.arange(1, 18, dtype=torch.float64) / 153
+    levels = torch.arange(17).view(17, 1, 1, 1)
+    points = dequantise(levels / 8 - 1, torch.Generator().manual_seed(0))
+    density = share[((points + 1) * 17 / 2).long()] / (2 / 17)
+    torch.testing.assert_close(density.log().sum(1) + math.log(2 / 17), share.log())
