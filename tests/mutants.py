@@ -671,6 +671,30 @@ MUTANTS = {
     "the decoder's variance at t = 1": Mutant(
         "bound.py", "math.log(2 * math.pi * sigma2)", "math.log(2 * math.pi)", "bound", "a density not normalised"
     ),
+    "guidance from the free guess": Mutant(
+        "guidance.py",
+        "eps = with_label.eps + self.weight",
+        "eps = without.eps + self.weight",
+        "guidance",
+        "the other convention of the weight: w for 1 + w",
+    ),
+    "pixels stretched to 256": Mutant(
+        "inception.py", "+ 1) * 127.5).round()", "+ 1) * 128).round()", "inception", "white wraps around to black"
+    ),
+    "Inception logits with the bias": Mutant(
+        "inception.py",
+        "features @ self.network.fc.weight.T",
+        "self.network.fc(features)",
+        "inception",
+        "not the logits of the Inception score",
+    ),
+    "levels stretched to both ends": Mutant(
+        "families.py",
+        "* 2 / LEVELS - 1\n",
+        "* 2 / (LEVELS - 1) - 1\n",
+        "families",
+        "dequantised points leave [-1, 1), and the bound on bits is off",
+    ),
     "KL of the encoder without its logarithm": Mutant(
         "families.py", "- 1 - 2 * log_sigma)", "- 1)", "families", "a term of the KL of Gaussians forgotten"
     ),
