@@ -31,10 +31,10 @@ RESULTS = resources.files("ddpm_lib") / "datasets"
 FAMILIES = {family.__name__: family for family in (GAN, VAE, Flow, DDPM)}
 POINTS, SAMPLES, SEEDS = 10_000, 10_000, range(5)
 DIGITS, ROUNDS = 1000, 7
-# About 27 seconds for points and 45 for digits on one thread of the machine that the results file names.
+# The same seconds for all families, about: the results file has the times.
 STEPS = {
     "ring": {"GAN": 1250, "VAE": 2750, "Flow": 1500, "DDPM": 3250},
-    "digits": {"GAN": 1500, "VAE": 3300, "Flow": 1800, "DDPM": 3900},
+    "digits": {"GAN": 1300, "VAE": 3000, "Flow": 1500, "DDPM": 3200},
 }
 STEPS["spiral"] = STEPS["ring"]
 # Found by scripts/families_search.py. Each makes about 70,000 weights for points.

@@ -1,16 +1,16 @@
 """Try settings of the four families on points of the plane and on the digits, and keep what was tried.
 
-    python -m scripts.families_search [ring] [spiral] [digits]
+    python -m scripts.families_search
 
 Every family gets the same learning rates and as many values of one other setting, and the seconds that
 ``benchmarks/families.py`` gives it. Points are judged by the sliced Wasserstein distance to held-out points, digits by
-the Frechet distance of the classifier's features to training digits. Writes
-``ddpm_lib/datasets/families_search.json``; the best settings stand in ``benchmarks/families.py``, by hand.
+the Frechet distance of the classifier's features to training digits. Adds what was not tried before to
+``ddpm_lib/datasets/families_search.json``: remove the file to try everything again. The best settings stand in
+``benchmarks/families.py``, by hand.
 """
 
 import json
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
@@ -19,7 +19,7 @@ from benchmarks.families import RESULTS, as_json, measure, rounded, train
 from ddpm_lib import digits, frechet_distance, pretrained_classifier
 from ddpm_lib.families import quantise
 
-POINT_RATES, DIGIT_RATES = (5e-4, 1e-3, 2e-3, 5e-3), (1e-3, 2e-3)
+POINT_RATES, DIGIT_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2), (1e-3, 2e-3, 5e-3, 1e-2)
 POINT_GRID = {
     "GAN": [{"width": 92, "penalty": penalty} for penalty in (0.0, 0.1)],
     "VAE": [{"width": 92, "latent": latent} for latent in (2, 8)],
@@ -30,7 +30,7 @@ DIGIT_GRID = {
     "GAN": [{"width": 150, "latent": 32, "penalty": penalty} for penalty in (0.1, 1.0)],
     "VAE": [{"width": 150, "latent": latent} for latent in (8, 16)],
     "Flow": [{"layers": layers, "width": width} for layers, width in ((6, 96), (8, 80))],
-    "DDPM": [{"width": 150, "T": T} for T in (100, 200)],
+    "DDPM": [{"width": 150, "T": T} for T in (50, 100)],
 }
 GRIDS = {"ring": (POINT_GRID, POINT_RATES), "spiral": (POINT_GRID, POINT_RATES), "digits": (DIGIT_GRID, DIGIT_RATES)}
 
@@ -47,19 +47,24 @@ def attempt(data: str, family: str, options: dict) -> dict:
     return row
 
 
-def main(chosen: list[str]) -> None:
+def main() -> None:
+    path = RESULTS / "families_search.json"
     tasks = [
         (data, family, {**options, "learning_rate": rate})
-        for data in chosen or GRIDS
-        for family, settings in GRIDS[data][0].items()
-        for options, rate in product(settings, GRIDS[data][1])
+        for data, (settings, rates) in GRIDS.items()
+        for family in settings
+        for options, rate in product(settings[family], rates)
     ]
+    rows = {key(row): row for row in (json.loads(path.read_text())["runs"] if path.exists() else [])}
+    missing = [task for task in tasks if json.dumps(task) not in rows]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        rows = list(pool.map(attempt, *zip(*tasks)))
-    path = RESULTS / "families_search.json"
-    kept = [row for row in json.loads(path.read_text())["runs"] if row["data"] not in chosen] if chosen else []
-    path.write_text(as_json({"runs": kept + rounded(rows)}))
+        rows |= {key(row): rounded(row) for row in pool.map(attempt, *zip(*missing))}
+    path.write_text(as_json({"runs": [rows[json.dumps(task)] for task in tasks]}))
+
+
+def key(row: dict) -> str:
+    return json.dumps([row["data"], row["family"], row["options"]])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
