@@ -129,7 +129,7 @@ class GAN(Family):
     The gradient penalty on real points is R1 of Mescheder, Geiger, Nowozin (2018).
     """
 
-    def __init__(self, size: int, latent: int = 16, width: int = 92, penalty: float = 0.1, learning_rate: float = 1e-3):
+    def __init__(self, size: int, latent: int = 16, width: int = 92, penalty: float = 0.1, learning_rate: float = 2e-3):
         super().__init__(size, learning_rate)
         self.latent, self.penalty = latent, penalty
         self.generator = Perceptron(latent, size, width)
@@ -167,7 +167,7 @@ class VAE(Family):
 
     likelihood = "bound"
 
-    def __init__(self, size: int, latent: int = 2, width: int = 92, learning_rate: float = 5e-3):
+    def __init__(self, size: int, latent: int = 8, width: int = 92, learning_rate: float = 1e-2):
         super().__init__(size, learning_rate)
         self.latent = latent
         self.encoder = Perceptron(size, 2 * latent, width)
@@ -278,7 +278,7 @@ class DDPM(Family):
 
     likelihood = "bound"
 
-    def __init__(self, size: int, T: int = 100, width: int = 92, blocks: int = 3, learning_rate: float = 5e-3):
+    def __init__(self, size: int, T: int = 100, width: int = 92, blocks: int = 3, learning_rate: float = 1e-2):
         super().__init__(size, learning_rate)
         self.passes = T
         self.denoiser = Denoiser(Perceptron(size, size, width, blocks, timed=True), Schedule.linear(T))
