@@ -163,7 +163,10 @@ class GAN(Family):
 
 
 class VAE(Family):
-    """An encoder and a decoder, both Gaussian: Kingma and Welling (2014). The decoder's variance is learned."""
+    """An encoder and a decoder, both Gaussian: Kingma and Welling (2014).
+
+    The decoder's deviation is learned, one for each entry.
+    """
 
     likelihood = "bound"
 
@@ -172,7 +175,7 @@ class VAE(Family):
         self.latent = latent
         self.encoder = Perceptron(size, 2 * latent, width)
         self.decoder = Perceptron(latent, size, width)
-        self.log_sigma = nn.Parameter(torch.tensor(-1.5))
+        self.log_sigma = nn.Parameter(torch.full((size,), -1.5))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation (B, latent) of q(z | x)."""
@@ -187,8 +190,8 @@ class VAE(Family):
         mean, log_sigma = self.encode(x)
         z = mean + log_sigma.exp() * noise
         kl = (mean.square() + (2 * log_sigma).exp() - 1 - 2 * log_sigma).sum(1) / 2
-        error = (x - self.decoder(z)).square().sum(1) * (-2 * self.log_sigma).exp()
-        return -(error + self.size * (LOG_2PI + 2 * self.log_sigma)) / 2 - kl
+        error = ((x - self.decoder(z)) / self.log_sigma.exp()).square().sum(1)
+        return -(error + self.size * LOG_2PI) / 2 - self.log_sigma.sum() - kl
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         with torch.no_grad():
