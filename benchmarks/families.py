@@ -38,7 +38,8 @@ STEPS = {
     "digits": {"GAN": 1300, "VAE": 3000, "Flow": 1500, "DDPM": 3200},
 }
 STEPS["spiral"] = STEPS["ring"]
-# Found by scripts/families_search.py. Those for points are the classes' defaults, about 70,000 weights; digits have 210,000.
+# Found by scripts/families_search.py. Those for points are the classes' defaults; about 70,000 weights, and 210,000
+# for digits.
 POINT_OPTIONS = {
     "GAN": {"width": 92, "penalty": 0.1, "learning_rate": 2e-3},
     "VAE": {"width": 92, "latent": 8, "learning_rate": 1e-2},
