@@ -42,7 +42,7 @@ STEPS["spiral"] = STEPS["ring"]
 # for digits.
 POINT_OPTIONS = {
     "GAN": {"width": 92, "penalty": 0.1, "learning_rate": 2e-3},
-    "VAE": {"width": 92, "latent": 8, "learning_rate": 1e-2},
+    "VAE": {"width": 92, "latent": 8, "learning_rate": 5e-3},
     "Flow": {"layers": 8, "width": 64, "learning_rate": 5e-3},
     "DDPM": {"width": 92, "T": 100, "learning_rate": 1e-2},
 }

@@ -170,7 +170,7 @@ class VAE(Family):
 
     likelihood = "bound"
 
-    def __init__(self, size: int, latent: int = 8, width: int = 92, learning_rate: float = 1e-2):
+    def __init__(self, size: int, latent: int = 8, width: int = 92, learning_rate: float = 5e-3):
         super().__init__(size, learning_rate)
         self.latent = latent
         self.encoder = Perceptron(size, 2 * latent, width)
