@@ -4,7 +4,7 @@
 
 Every family gets the same learning rates and as many values of one other setting, and the seconds that
 ``benchmarks/families.py`` gives it. Points are judged by the sliced Wasserstein distance to held-out points, digits by
-the Frechet distance of the classifier's features to training digits (for those, the stored GANs took 1,300 steps and the
+the Frechet distance of the classifier's features to training digits (there the stored GANs took 1,300 steps, and the
 flows 1,500, before the seconds were measured and made equal). Adds what was not tried before to
 ``ddpm_lib/datasets/families_search.json``: remove the file to try everything again. The best settings stand in
 ``benchmarks/families.py``, by hand.
