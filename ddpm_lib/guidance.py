@@ -14,13 +14,13 @@ class Guided(nn.Module):
 
     Args:
         denoiser: class-conditional, trained with labels left out now and then.
-        weight: 0 for no guidance; a common wish for clearer samples is 1 to 4. diffusers' ``guidance_scale`` is
-            ``1 + weight``.
+        weight: 0 for no guidance; samples become clearer and less varied as it grows. A tensor that broadcasts to x_t
+            gives each sample its own. diffusers' ``guidance_scale`` is ``1 + weight``.
 
     Source: Ho and Salimans (2021), equation 6.
     """
 
-    def __init__(self, denoiser: Denoiser, weight: float):
+    def __init__(self, denoiser: Denoiser, weight: float | Tensor):
         super().__init__()
         self.denoiser, self.weight, self.schedule = denoiser, weight, denoiser.schedule
         self.train(denoiser.training)
