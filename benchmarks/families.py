@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ddpm_lib import GaussianMixture, digits, sliced_wasserstein, spiral
 from ddpm_lib.families import DDPM, GAN, VAE, Family, Flow, dequantise, quantise
+from scripts.training_signals import rounded
 
 from .speed_ladder import hardware
 
@@ -160,14 +161,6 @@ def timing(options: dict) -> list[dict]:
 def floor(data: str) -> list[float]:
     """Sliced Wasserstein distances of fresh points from the held-out ones."""
     return [sliced_wasserstein(draw(data, SAMPLES, 100 + seed), held_out(data)) for seed in SEEDS]
-
-
-def rounded(value):
-    if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> None:

@@ -16,9 +16,10 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
 
-from benchmarks.families import RESULTS, as_json, measure, rounded, train
+from benchmarks.families import RESULTS, as_json, measure, train
 from ddpm_lib import digits, frechet_distance, pretrained_classifier
 from ddpm_lib.families import quantise
+from scripts.training_signals import rounded
 
 POINT_RATES, DIGIT_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2), (1e-3, 2e-3, 5e-3, 1e-2)
 POINT_GRID = {
