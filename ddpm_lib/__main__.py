@@ -80,7 +80,9 @@ def sample(
         labels = labels if label is None else torch.full_like(labels, label)
     shape = (number, config["in_channels"], config["image_size"], config["image_size"])
     generator = torch.Generator().manual_seed(seed)
-    images = draw_samples(denoiser, shape, steps=steps, eta=eta, variance=variance, label=labels, generator=generator)
+    images = draw_samples(
+        denoiser, shape, steps=steps, eta=eta, variance=variance, condition=labels, generator=generator
+    )
     sheet = plots.tile(images.cpu(), columns=config["classes"] or max(1, round(number**0.5)))
     write_file(out, plots.png(sheet, sheet.shape[1]))
     print(out)

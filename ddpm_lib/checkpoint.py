@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .prediction import Denoiser
 from .schedule import Schedule
+from .text import PretrainedEncoder, TextEncoder, TextUNet
 from .unet import UNet
 
 FORMAT = "ddpm_lib 1"
@@ -113,8 +114,8 @@ def fit_state(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None
     module.load_state_dict(tensors)
 
 
-def plan_unet(options: dict, tensors: int) -> UNet:
-    """The UNet with these options and at most this many tensors, as shapes alone: a damaged number fills no memory.
+def plan_network(options: dict, tensors: int) -> UNet | TextUNet:
+    """The network with these options and at most this many tensors, as shapes alone: a damaged number fills no memory.
 
     Raises:
         ValueError: there is no such network.
@@ -123,23 +124,38 @@ def plan_unet(options: dict, tensors: int) -> UNet:
         blocks = len(options["channel_multipliers"]) * options["blocks_per_level"]
         if blocks > tensors:
             raise ValueError(f"{blocks} residual blocks on the way down need more than {tensors} tensors.")
+        if (layers := options.get("encoder", {}).get("layers", 0)) > tensors:
+            raise ValueError(f"a text encoder of {layers} layers needs more than {tensors} tensors.")
         with torch.device("meta"):
-            return UNet(**options)
+            return _network(options)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"no network of this library has this configuration: {error}") from error
 
 
-def build_unet(plan: UNet, tensors: dict[str, Tensor], where: str) -> UNet:
+def _network(config: dict) -> UNet | TextUNet:
+    """The network with a configuration, untrained."""
+    unet = UNet(**{name: value for name, value in config.items() if name != "encoder"})
+    match config.get("encoder"):
+        case None:
+            return unet
+        case {"name": _} as encoder:
+            with torch.device("cpu"):
+                return TextUNet(PretrainedEncoder(**encoder), unet)
+        case encoder:
+            return TextUNet(TextEncoder(**encoder), unet)
+
+
+def build_network(plan: UNet | TextUNet, tensors: dict[str, Tensor], where: str) -> UNet | TextUNet:
     """The planned network with these tensors, which must be exactly its own."""
     check_fit(plan.state_dict(), tensors, where)
-    network = UNet(**plan.config)
+    network = _network(plan.config)
     network.load_state_dict(tensors)
     return network
 
 
 def denoiser_config(denoiser: Denoiser) -> dict:
     """What ``load_denoiser`` needs to build the denoiser again."""
-    if not isinstance(denoiser.network, UNet):
+    if not isinstance(denoiser.network, UNet | TextUNet):
         raise ValueError(f"only denoisers with a UNet can be saved; this one has a {type(denoiser.network).__name__}.")
     return {
         "network": denoiser.network.config,
@@ -152,7 +168,7 @@ def save_denoiser(denoiser: Denoiser, path: str | Path, *, half: bool = False) -
     """Write network weights, schedule and configuration to one safetensors file.
 
     Args:
-        denoiser: with a UNet.
+        denoiser: with a UNet or a TextUNet.
         path: of the file.
         half: store the weights in float16, in half the space; ``load_denoiser`` gives them back in float32, each
             rounded by at most one part in 2,048 (and by 3e-8, where it is close to 0).
@@ -175,11 +191,11 @@ def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoi
         if "denoiser" in config:
             config = config["denoiser"]
             tensors = {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")}
-        plan = plan_unet(config["network"], len(tensors))
+        plan = plan_network(config["network"], len(tensors))
         denoiser = Denoiser(plan, Schedule.from_config(config["schedule"]), config["predicts"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"the configuration in {path} does not describe a denoiser: {error}") from error
-    denoiser.network = build_unet(plan, tensors, str(path))
+    denoiser.network = build_network(plan, tensors, str(path))
     return denoiser.to(device).eval()
 
 

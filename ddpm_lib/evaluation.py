@@ -74,7 +74,7 @@ def evaluate(
         noise = torch.randn(min(BATCH, number - start), *images.shape[1:], generator=generator).to(device)
         label = None if wanted is None else wanted[start : start + BATCH]
         walk = {"steps": steps, "eta": eta, "variance": variance}
-        samples.append(sample(denoiser, x_T=noise, label=label, generator=generator, **walk).clamp(-1, 1))
+        samples.append(sample(denoiser, x_T=noise, condition=label, generator=generator, **walk).clamp(-1, 1))
     features = _features(judge, torch.cat(samples))
     figures["Frechet distance, samples to training"] = frechet_distance(features, training)
     figures["Frechet distance, held-out to training"] = frechet_distance(held_out, training)

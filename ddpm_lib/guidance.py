@@ -8,12 +8,12 @@ from .prediction import Denoiser, Prediction
 
 
 class Guided(nn.Module):
-    """Classifier-free guidance: a denoiser that leans further towards its label, at two passes per step.
+    """Classifier-free guidance: a denoiser that leans further towards its condition, at two passes per step.
 
-    ``eps = eps(label) + weight (eps(label) - eps(no label))``; samplers take it like any denoiser.
+    ``eps = eps(condition) + weight (eps(condition) - eps(no condition))``; samplers take it like any denoiser.
 
     Args:
-        denoiser: class-conditional, trained with labels left out now and then.
+        denoiser: conditional, trained with the condition left out now and then.
         weight: 0 for no guidance; samples become clearer and less varied as it grows. A tensor that broadcasts to x_t
             gives each sample its own. diffusers' ``guidance_scale`` is ``1 + weight``.
 
@@ -25,9 +25,9 @@ class Guided(nn.Module):
         self.denoiser, self.weight, self.schedule = denoiser, weight, denoiser.schedule
         self.train(denoiser.training)
 
-    def forward(self, x_t: Tensor, t: int | Tensor, label: Tensor | None = None) -> Prediction:
-        if label is None:
-            raise ValueError("guidance leads towards a label; got none.")
-        with_label, without = self.denoiser(x_t, t, label), self.denoiser(x_t, t)
-        eps = with_label.eps + self.weight * (with_label.eps - without.eps)
+    def forward(self, x_t: Tensor, t: int | Tensor, condition: Tensor | None = None) -> Prediction:
+        if condition is None:
+            raise ValueError("guidance leads towards a condition; got none.")
+        given, without = self.denoiser(x_t, t, condition), self.denoiser(x_t, t)
+        eps = given.eps + self.weight * (given.eps - without.eps)
         return Prediction.of("eps", eps, x_t, t, self.schedule)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checkpoint import CheckpointError, check_fit, plan_unet
+from .checkpoint import CheckpointError, check_fit, plan_network
 from .unet import UNet
 
 # {level} counts from the finest, {turn} in the order of running, {block} within its level; {number} is block + 1.
@@ -65,7 +65,7 @@ def build(options: dict, tensors: dict[str, Tensor], program: str, where: str) -
         CheckpointError: there is no such network, or these are not its tensors.
     """
     try:
-        plan = plan_unet(options, len(tensors))
+        plan = plan_network(options, len(tensors))
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
     theirs, ours = names(plan, program), plan.state_dict()

@@ -41,7 +41,7 @@ def export_onnx(denoiser: Denoiser, path: str | Path) -> None:
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        ValueError: the denoiser's network is not a UNet.
+        ValueError: the denoiser's network is not a UNet, or is told what to draw by a text or an image.
     """
     config = denoiser_config(denoiser)
     try:
@@ -50,6 +50,8 @@ def export_onnx(denoiser: Denoiser, path: str | Path) -> None:
     except ImportError as error:
         raise ImportError("export_onnx needs two more packages: pip install onnx onnxscript") from error
     network, schedule = config["network"], denoiser.schedule
+    if network["text_channels"] is not None or network["image_channels"] is not None:
+        raise ValueError("only networks that are told what to draw by a class, or not at all, are exported.")
     B, C, size = 2, network["in_channels"], network["image_size"]
     inputs = {"x_t": torch.zeros(B, C, size, size), "t": torch.ones(B, dtype=torch.int64)}
     metadata = {

@@ -72,8 +72,8 @@ class Denoiser(nn.Module):
     """A network and the schedule it is trained for: ``denoiser(x_t, t)`` gives a Prediction.
 
     Args:
-        network: called as ``network(x_t, t - 1)`` or ``network(x_t, t - 1, label)``. Networks count steps from 0, as
-            the paper's released weights do; this is the one place where the two countings meet.
+        network: called as ``network(x_t, t - 1)`` or ``network(x_t, t - 1, condition)``. Networks count steps from 0,
+            as the paper's released weights do; this is the one place where the two countings meet.
         schedule: the noise schedule.
         predicts: what the network's output means: 'eps', 'x0', 'v' or 'score'.
     """
@@ -84,9 +84,9 @@ class Denoiser(nn.Module):
             raise ValueError(f"predicts must be one of {', '.join(KINDS)}; got {predicts!r}.")
         self.network, self.schedule, self.predicts = network, schedule, predicts
 
-    def forward(self, x_t: Tensor, t: int | Tensor, label: Tensor | None = None) -> Prediction:
+    def forward(self, x_t: Tensor, t: int | Tensor, condition: Tensor | None = None) -> Prediction:
         """Prediction for x_t of shape (B, ...) at steps t in 1..T (an int, or integers of shape (B,))."""
         self.schedule.check(t)
         steps = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
-        output = self.network(x_t, steps - 1) if label is None else self.network(x_t, steps - 1, label)
+        output = self.network(x_t, steps - 1) if condition is None else self.network(x_t, steps - 1, condition)
         return Prediction.of(self.predicts, output.to(x_t.dtype), x_t, steps, self.schedule)

@@ -75,8 +75,8 @@ class Training:
     """Let the average forget the random start."""
     clip_norm: float = 1.0
     """Longest gradient."""
-    label_dropout: float = 0.1
-    """Share of labels hidden while training."""
+    condition_dropout: float = 0.1
+    """Share of labels or captions hidden while training."""
     accumulate: int = 1
     """Parts in which a process works through its share of a batch."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

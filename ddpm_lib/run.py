@@ -144,7 +144,7 @@ def draw(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
     noise = torch.randn(number, recipe.network.in_channels, size, size, generator=torch.Generator().manual_seed(0))
     with trainer.autocast:
         images = sample(
-            trainer.ema, x_T=noise.to(trainer.device), steps=recipe.output.sample_steps, eta=0.0, label=label
+            trainer.ema, x_T=noise.to(trainer.device), steps=recipe.output.sample_steps, eta=0.0, condition=label
         )
     sheet = plots.tile(images.float().cpu(), columns=classes or 8)
     write_file(folder / "samples" / f"step-{trainer.step:09}.png", plots.png(sheet, sheet.shape[1]))

@@ -90,7 +90,7 @@ def sample_steps(
     eta: float = 1.0,
     variance: str = "beta",
     clip: bool = True,
-    label: Tensor | None = None,
+    condition: Tensor | None = None,
     x_T: Tensor | None = None,
     generator: torch.Generator | None = None,
     schedule: Schedule | None = None,
@@ -98,12 +98,12 @@ def sample_steps(
     """Walk from x_T to x_0 and yield every step on the way.
 
     Args:
-        denoiser: called as ``denoiser(x_t, t)``, or with the label as third argument if one is given.
+        denoiser: called as ``denoiser(x_t, t)``, or with the condition as third argument if one is given.
         shape: of the samples, (B, ...); not needed when x_T is given.
         steps: how many steps to take (all T if None), or the steps themselves, falling from T to 0.
         eta, variance: see ``transition``.
         clip: clip the predicted x0 to [-1, 1] before the mean is formed.
-        label: classes, shape (B,).
+        condition: what to draw, as the denoiser takes it: classes (B,), tokens of captions, or images.
         x_T: the noise to start from; drawn if None.
         generator: source of all noise, for repeatable samples.
         schedule: the denoiser's own if None.
@@ -117,7 +117,7 @@ def sample_steps(
             raise ValueError("give the shape of the samples, or the noise x_T to start from.")
         like = next(denoiser.parameters(), torch.empty(())) if isinstance(denoiser, nn.Module) else torch.empty(())
         x_T = _normal(tuple(shape), like, generator)
-    return _walk(denoiser, x_T, path, schedule, eta, variance, clip, label, generator)
+    return _walk(denoiser, x_T, path, schedule, eta, variance, clip, condition, generator)
 
 
 def sample(denoiser: Callable[..., Prediction], shape: Sequence[int] | None = None, **options) -> Tensor:
@@ -125,10 +125,10 @@ def sample(denoiser: Callable[..., Prediction], shape: Sequence[int] | None = No
     return deque(sample_steps(denoiser, shape, **options), maxlen=1).pop().x_s
 
 
-def _walk(denoiser, x, path, schedule, eta, variance, clip, label, generator) -> Iterator[SampleStep]:
+def _walk(denoiser, x, path, schedule, eta, variance, clip, condition, generator) -> Iterator[SampleStep]:
     for t, s in pairwise(path):
         with torch.no_grad(), _evaluating(denoiser):
-            prediction = denoiser(x, t) if label is None else denoiser(x, t, label)
+            prediction = denoiser(x, t) if condition is None else denoiser(x, t, condition)
             if clip:
                 prediction = prediction.clip()
             x_s = step(prediction, t, s, schedule, eta=eta, variance=variance, generator=generator)

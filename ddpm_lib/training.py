@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -68,7 +68,9 @@ class Trainer:
         denoiser: trained in place, on ``device``.
         images: (N, C, H, W), floats in [-1, 1] or uint8, which the device turns into floats batch by batch; they move
             to the device whole.
-        labels: whole numbers (N,), for a class-conditional network.
+        conditions: what each image shows, for a network that is told: labels (N,), tokens of captions (N, length), or
+            images beside them (N, channels, H, W), floats; or a function that makes images of the latter kind from the
+            images (B, C, H, W) of a batch.
         batch_size: images per step, over all processes.
         accumulate: parts in which a process works through its share of a batch, to save memory.
         learning_rate: of Adam.
@@ -78,7 +80,7 @@ class Trainer:
         ema_warmup: use min(ema_decay, (1 + n) / (10 + n)) after n steps, which forgets the random start; False for
             the paper's constant.
         clip_norm: the gradient is scaled down to this norm if it is longer.
-        label_dropout: share of labels replaced by "no label", for classifier-free guidance.
+        condition_dropout: share of labels or captions replaced by none, for classifier-free guidance.
         flip: mirror each image with probability one half.
         precision: of the forward pass: 'float32', 'bfloat16' or 'float16' (autocast; the latter with a loss scale that
             adapts), or 'auto' for bfloat16 where the hardware computes in it.
@@ -95,7 +97,7 @@ class Trainer:
         self,
         denoiser: Denoiser,
         images: Tensor,
-        labels: Tensor | None = None,
+        conditions: Tensor | Callable[[Tensor], Tensor] | None = None,
         *,
         batch_size: int = 128,
         accumulate: int = 1,
@@ -105,7 +107,7 @@ class Trainer:
         ema_decay: float = 0.9999,
         ema_warmup: bool = True,
         clip_norm: float = 1.0,
-        label_dropout: float = 0.1,
+        condition_dropout: float = 0.1,
         flip: bool = False,
         precision: str = "auto",
         compile: bool = False,  # noqa: A002
@@ -115,7 +117,7 @@ class Trainer:
         device: str | torch.device = "cpu",
     ):
         check_images(images)
-        _check_labels(denoiser, images, labels)
+        _check_conditions(denoiser, images, conditions)
         world = dist.get_world_size() if dist.is_initialized() else 1
         parts = world * _positive_int("accumulate", accumulate)
         if _positive_int("batch_size", batch_size) % parts:
@@ -127,7 +129,7 @@ class Trainer:
         for name, value in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
             if not value > 0:
                 raise ValueError(f"{name} must be above 0; got {value}.")
-        for name, value in (("ema_decay", ema_decay), ("label_dropout", label_dropout)):
+        for name, value in (("ema_decay", ema_decay), ("condition_dropout", condition_dropout)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1); got {value}.")
         if not isinstance(seed, int) or seed < 0:
@@ -144,16 +146,16 @@ class Trainer:
             "ema_decay": ema_decay,
             "ema_warmup": ema_warmup,
             "clip_norm": clip_norm,
-            "label_dropout": label_dropout,
+            "condition_dropout": condition_dropout,
             "flip": flip,
             "precision": precision,
             "seed": seed,
         }
         self.accumulate, self.nonfinite = accumulate, nonfinite
         self.device = torch.device(device)
-        self.data_sha256 = _fingerprint(images, labels)
+        self.data_sha256 = _fingerprint(images, conditions)
         self.images = images.to(self.device)
-        self.labels = None if labels is None else labels.to(self.device)
+        self.conditions = conditions.to(self.device) if isinstance(conditions, Tensor) else conditions
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.denoiser = denoiser.to(self.device, memory_format=layout)
         self.ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
@@ -166,8 +168,9 @@ class Trainer:
             )
         network = torch.compile(self.parallel) if compile else self.parallel
         self.model = Denoiser(network, denoiser.schedule, denoiser.predicts)  # the same weights, as a step calls them
-        self.parameters = list(denoiser.parameters())
-        self.averages = list(self.ema.parameters())
+        self.parameters, self.averages = zip(
+            *((p, average) for p, average in zip(denoiser.parameters(), self.ema.parameters()) if p.requires_grad)
+        )
         self.optimiser = torch.optim.Adam(self.parameters, lr=learning_rate, fused=self.device.type != "mps")
         self.step = 0
         self.first_bad = torch.zeros((), dtype=torch.long, device=self.device)  # the first non-finite step, or 0
@@ -264,7 +267,7 @@ class Trainer:
         return rate * max(1 - (self.step - warmup) / (end - warmup), 0.02)
 
     def _batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Images, steps, noise and labels of the whole batch, the same in every process.
+        """Images, steps, noise and conditions of the whole batch, the same in every process.
 
         Each epoch is a new order of all images, keyed on seed and epoch.
         """
@@ -276,18 +279,24 @@ class Trainer:
         if x0.dtype == torch.uint8:
             x0 = x0 / 127.5 - 1
         x0 = x0.float()
-        label = self._drop_labels(index)
+        condition = self._drop_conditions(index)
         t = torch.randint(1, self.denoiser.schedule.T + 1, (size,), device=self.device)
         eps = torch.randn_like(x0)
         if self.options["flip"]:
             x0 = torch.where(torch.rand(size, 1, 1, 1, device=self.device) < 0.5, x0.flip(3), x0)
-        return x0, t, eps, label
+        if callable(self.conditions):
+            condition = self.conditions(x0)
+        return x0, t, eps, condition
 
-    def _drop_labels(self, index: Tensor) -> Tensor | None:
-        if self.labels is None:
+    def _drop_conditions(self, index: Tensor) -> Tensor | None:
+        if self.conditions is None or callable(self.conditions):
             return None
-        dropped = torch.rand(len(index), device=self.device) < self.options["label_dropout"]
-        return self.labels[index].masked_fill(dropped, self.denoiser.network.config["classes"])
+        conditions, nothing = self.conditions[index], self.denoiser.network.nothing
+        if nothing is None:
+            return conditions
+        dropped = torch.rand(len(index), device=self.device) < self.options["condition_dropout"]
+        dropped = dropped.view(-1, *[1] * nothing.ndim)
+        return torch.where(dropped, nothing.to(conditions.device), conditions)
 
     def _average(self) -> None:
         decay = self.options["ema_decay"]
@@ -387,11 +396,12 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _fingerprint(images: Tensor, labels: Tensor | None) -> str:
+def _fingerprint(images: Tensor, conditions: Tensor | Callable | None) -> str:
     images = images if images.dtype == torch.uint8 else images.float()
     digest = hashlib.sha256(images.cpu().contiguous().numpy())
-    if labels is not None:
-        digest.update(labels.long().cpu().contiguous().numpy())
+    if isinstance(conditions, Tensor):
+        conditions = conditions if conditions.is_floating_point() else conditions.long()
+        digest.update(conditions.cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -400,10 +410,21 @@ def _order(seed: int, epoch: int, total: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(total)
 
 
-def _check_labels(denoiser: Denoiser, images: Tensor, labels: Tensor | None) -> None:
-    if labels is None:
+def _check_conditions(denoiser: Denoiser, images: Tensor, conditions: Tensor | Callable | None) -> None:
+    config = getattr(denoiser.network, "config", {})
+    if conditions is None or callable(conditions) or config.get("image_channels"):
         return
-    classes = getattr(denoiser.network, "config", {}).get("classes")
+    if "encoder" in config:
+        if conditions.ndim != 2 or len(conditions) != len(images) or conditions.is_floating_point():
+            raise ValueError(
+                f"captions must come as tokens, whole numbers of shape ({len(images)}, length): "
+                f"network.encoder.tokenise(captions); got {conditions.dtype} of shape {tuple(conditions.shape)}."
+            )
+    else:
+        _check_labels(config.get("classes"), images, conditions)
+
+
+def _check_labels(classes: int | None, images: Tensor, labels: Tensor) -> None:
     if classes is None:
         raise ValueError("labels were given, but the network has no classes: build it with classes=N.")
     if labels.shape != images.shape[:1] or labels.is_floating_point():

@@ -20,7 +20,8 @@ EPS = 1e-6  # of every GroupNorm in the paper's code
 class UNet(nn.Module):
     """Maps a noisy image and its step to an image of the same shape.
 
-    The defaults are the paper's CIFAR-10 model: 35,746,307 parameters.
+    The defaults are the paper's CIFAR-10 model: 35,746,307 parameters. The network may be told what to draw, by a
+    class, by a text or by an image: set one of ``classes``, ``text_channels`` and ``image_channels``.
 
     Args:
         image_size: side of the square training images; it only fixes where ``attention_resolutions`` lie. Other sizes
@@ -36,6 +37,10 @@ class UNet(nn.Module):
         patch_size: side of the squares of pixels that become channels of one place before the first convolution, and
             pixels again after the last. 1, the paper's, leaves the image as it is; 2 makes a step about four times
             cheaper (Luhman and Luhman 2022).
+        text_channels: features of each word of a text. Their mean joins the embedding of the step, and behind each
+            self-attention the pixels attend to the words (Rombach et al. 2022, section 3.3).
+        image_channels: channels of an image beside the noisy one, of the same size, that the first convolution sees,
+            too (Saharia et al. 2021, section 2.1).
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class UNet(nn.Module):
         groups: int = 32,
         classes: int | None = None,
         patch_size: int = 1,
+        text_channels: int | None = None,
+        image_channels: int | None = None,
     ):
         super().__init__()
         for name, value in (("image_size", image_size), ("in_channels", in_channels), ("base_channels", base_channels)):
@@ -67,6 +74,8 @@ class UNet(nn.Module):
             "groups": groups,
             "classes": classes,
             "patch_size": patch_size,
+            "text_channels": text_channels,
+            "image_channels": image_channels,
         }
         if not channel_multipliers or any(not isinstance(m, int) or m < 1 for m in channel_multipliers):
             raise ValueError(f"channel_multipliers must be one or more whole numbers >= 1; got {channel_multipliers}.")
@@ -77,8 +86,12 @@ class UNet(nn.Module):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {dropout}.")
-        if classes is not None:
-            _positive_int("classes", classes)
+        conditions = {"classes": classes, "text_channels": text_channels, "image_channels": image_channels}
+        conditions = {name: value for name, value in conditions.items() if value is not None}
+        for name, value in conditions.items():
+            _positive_int(name, value)
+        if len(conditions) > 1:
+            raise ValueError(f"a network is told what to draw in one way; got {' and '.join(conditions)}.")
         self.halvings = len(channel_multipliers) - 1
         self._check_size(image_size, image_size)
         sizes = [image_size // patch_size >> level for level in range(len(channel_multipliers))]
@@ -91,11 +104,13 @@ class UNet(nn.Module):
         embedding = 4 * base_channels
         self.time = TimeEmbedding(base_channels, embedding)
         self.label = None if classes is None else nn.Embedding(classes + 1, embedding)
+        self.text = None if text_channels is None else linear(text_channels, embedding)
         pixels = in_channels * patch_size**2
-        self.stem = conv3x3(pixels, base_channels)
+        self.stem = conv3x3(pixels + (image_channels or 0) * patch_size**2, base_channels)
 
         def stage(width_in: int, width: int, size: int) -> Stage:
-            return Stage(width_in, width, embedding, dropout, groups, attend=size in attention_resolutions)
+            attends = size in attention_resolutions
+            return Stage(width_in, width, embedding, dropout, groups, attends, text_channels)
 
         skips, width = [base_channels], base_channels
         self.down = nn.ModuleList()
@@ -110,8 +125,8 @@ class UNet(nn.Module):
 
         self.middle = nn.ModuleList(
             [
-                Stage(width, width, embedding, dropout, groups, attend=True),
-                Stage(width, width, embedding, dropout, groups, attend=False),
+                Stage(width, width, embedding, dropout, groups, True, text_channels),
+                Stage(width, width, embedding, dropout, groups, False, text_channels),
             ]
         )
 
@@ -126,29 +141,43 @@ class UNet(nn.Module):
         self.norm = nn.GroupNorm(groups, width, eps=EPS)
         self.head = conv3x3(width, pixels, near_zero=True)
 
-    def forward(self, x: Tensor, steps: Tensor, label: Tensor | None = None) -> Tensor:
+    @property
+    def nothing(self) -> Tensor | None:
+        """The condition that stands for none, for one image; None if the network knows no such thing."""
+        return None if self.label is None else torch.tensor(self.config["classes"])
+
+    def forward(self, x: Tensor, steps: Tensor, condition: Tensor | None = None) -> Tensor:
         """Output of the shape of x.
 
         Args:
             x: images, (B, in_channels, H, W), H and W divisible by 2 ** (levels - 1).
             steps: (B,), counted from 0 (the Denoiser passes t - 1).
-            label: (B,) whole numbers in 0..classes; the value ``classes`` stands for "no label", as does None.
+            condition: what to draw. For a network with classes, (B,) whole numbers in 0..classes, where ``classes``
+                stands for "no label", as does None; with text_channels, (B, words, text_channels); with image_channels,
+                (B, image_channels, H, W).
         """
         if x.ndim != 4 or x.shape[1] != self.config["in_channels"]:
             raise ValueError(f"x must have shape (B, {self.config['in_channels']}, H, W); got {tuple(x.shape)}.")
         self._check_size(*x.shape[2:])
-        embedding = self.time(steps) + self._label_embedding(label, x)
+        embedding, text = self.time(steps), None
+        if self.text is not None:
+            text = self._checked_text(condition, x)
+            embedding = embedding + self.text(text.mean(1))
+        elif self.config["image_channels"] is not None:
+            x = torch.cat([x, self._checked_image(condition, x)], dim=1)
+        else:
+            embedding = embedding + self._label_embedding(condition, x)
         h = self.stem(F.pixel_unshuffle(x, self.config["patch_size"]))
         skips = [h]
         for part in self.down:
-            h = part(h, embedding)
+            h = part(h, embedding, text)
             skips.append(h)
         for part in self.middle:
-            h = part(h, embedding)
+            h = part(h, embedding, text)
         for part in self.up:
             if isinstance(part, Stage):
                 h = torch.cat([h, skips.pop()], dim=1)
-            h = part(h, embedding)
+            h = part(h, embedding, text)
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config["patch_size"])
 
     def _label_embedding(self, label: Tensor | None, x: Tensor) -> Tensor | float:
@@ -168,6 +197,20 @@ class UNet(nn.Module):
             wrong = [int(c) for c in label if not 0 <= c <= classes]
             raise ValueError(f"labels must lie in 0..{classes} ({classes} for no label); got {wrong[0]}.")
         return self.label(label)
+
+    def _checked_text(self, text: Tensor | None, x: Tensor) -> Tensor:
+        channels = self.config["text_channels"]
+        found = None if text is None else tuple(text.shape)
+        if text is None or text.ndim != 3 or len(text) != len(x) or text.shape[2] != channels or text.shape[1] == 0:
+            raise ValueError(f"this network needs a text, of shape ({len(x)}, words, {channels}); got {found}.")
+        return text
+
+    def _checked_image(self, image: Tensor | None, x: Tensor) -> Tensor:
+        needed = (x.shape[0], self.config["image_channels"], *x.shape[2:])
+        found = None if image is None else tuple(image.shape)
+        if found != needed:
+            raise ValueError(f"this network needs an image beside x, of shape {needed}; got {found}.")
+        return image
 
     def _check_size(self, height: int, width: int) -> None:
         factor = self.config["patch_size"] * 2**self.halvings
@@ -196,15 +239,26 @@ class TimeEmbedding(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block, with self-attention behind it where ``attend`` says so."""
+    """A residual block; if it ``attends``, self-attention behind it, and attention to the text if there is one."""
 
-    def __init__(self, width_in: int, width: int, embedding: int, dropout: float, groups: int, attend: bool):
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        embedding: int,
+        dropout: float,
+        groups: int,
+        attends: bool,
+        text_channels: int | None = None,
+    ):
         super().__init__()
         self.residual = ResidualBlock(width_in, width, embedding, dropout, groups)
-        self.attention = Attention(width, groups) if attend else nn.Identity()
+        self.attention = Attention(width, groups) if attends else nn.Identity()
+        self.reading = CrossAttention(width, text_channels, groups) if attends and text_channels else None
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.attention(self.residual(x, embedding))
+    def forward(self, x: Tensor, embedding: Tensor, text: Tensor | None = None) -> Tensor:
+        x = self.attention(self.residual(x, embedding))
+        return x if self.reading is None else self.reading(x, text)
 
 
 class ResidualBlock(nn.Module):
@@ -242,8 +296,44 @@ class Attention(nn.Module):
         return x + self.out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
+class CrossAttention(nn.Module):
+    """Attention of the pixels of a feature map to the words of a text, with four heads; plus the input.
+
+    Source: Rombach et al. (2022), section 3.3.
+    """
+
+    HEADS = 4
+
+    def __init__(self, width: int, text_channels: int, groups: int):
+        super().__init__()
+        if width % self.HEADS:
+            raise ValueError(f"channels that attend to a text must be a multiple of {self.HEADS}; got {width}.")
+        self.norm = nn.GroupNorm(groups, width, eps=EPS)
+        self.query = conv1x1(width, width)
+        self.key, self.value = linear(text_channels, width), linear(text_channels, width)
+        self.out = conv1x1(width, width, near_zero=True)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        seen = attend(self._heads(self._pixels(x)), self._heads(self.key(text)), self._heads(self.value(text)))
+        seen = seen.unflatten(0, (-1, self.HEADS)).transpose(2, 3).reshape(x.shape)
+        return x + self.out(seen)
+
+    def weights(self, x: Tensor, text: Tensor) -> Tensor:
+        """How much each pixel looks at each word, (B, H, W, words), the mean over heads; they sum to 1 over words."""
+        q, k = self._heads(self._pixels(x)), self._heads(self.key(text))
+        weights = torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, dim=-1)
+        return weights.unflatten(0, (-1, self.HEADS)).mean(1).unflatten(1, x.shape[2:])
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        return self.query(self.norm(x)).flatten(2).transpose(1, 2)
+
+    def _heads(self, values: Tensor) -> Tensor:
+        """(B, N, width) as (B heads, N, width / heads)."""
+        return values.unflatten(2, (self.HEADS, -1)).transpose(1, 2).flatten(0, 1)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for q, k, v of shape (B, N, d).
+    """softmax(q k^T / sqrt(d)) v for q of shape (B, N, d), k and v of shape (B, M, d).
 
     PyTorch's fused kernel on an accelerator; written out on a CPU, where the fused kernel's backward pass is slower.
     """
@@ -260,7 +350,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = initialised(nn.Conv2d(width, width, 3, stride=2))
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, text: Tensor | None = None) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -271,7 +361,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = conv3x3(width, width)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, text: Tensor | None = None) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 

@@ -31,7 +31,7 @@ def measure(name: str) -> None:
     label = torch.arange(number) % 10
     model = pretrained(name)
     for walk, options in WALKS[name].items():
-        drawn = sample(model, test.shape, label=label, generator=torch.Generator().manual_seed(0), **options)
+        drawn = sample(model, test.shape, condition=label, generator=torch.Generator().manual_seed(0), **options)
         seen = in_parts(judge.features, drawn.clamp(-1, 1))
         distances = [f"{frechet_distance(seen, features[split]):.2f} to {split}" for split in ("training", "test")]
         print(

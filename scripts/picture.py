@@ -12,7 +12,7 @@ SHOWN = (1000, 600, 450, 350, 280, 220, 170, 120, 70, 30)
 def main() -> None:
     generator = torch.Generator().manual_seed(4)
     label = torch.tensor([0, 2, 3, 5, 8, 9])
-    states = list(sample_steps(pretrained("digits"), (6, 1, 8, 8), label=label, generator=generator))
+    states = list(sample_steps(pretrained("digits"), (6, 1, 8, 8), condition=label, generator=generator))
     columns = [state.x_t for state in states if state.t in SHOWN] + [states[-1].x_s]
     rows = torch.stack(columns, dim=1).flatten(0, 1)
     (ROOT / "book" / "assets" / "denoising.png").write_bytes(plots.png(plots.tile(rows, len(columns)), width=980))

@@ -93,7 +93,7 @@ def losses(denoiser: Denoiser) -> list[float]:
 def samples(denoiser: Denoiser) -> dict:
     """Label accuracy of 450 samples, and their distance from the training digits."""
     label = torch.arange(450) % 10
-    drawn = sample(denoiser, (450, 1, 8, 8), label=label, generator=torch.Generator().manual_seed(0), **SAMPLES)
+    drawn = sample(denoiser, (450, 1, 8, 8), condition=label, generator=torch.Generator().manual_seed(0), **SAMPLES)
     judge = pretrained_classifier()
     features = judge.features(drawn.clamp(-1, 1))
     return {

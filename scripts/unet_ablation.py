@@ -167,7 +167,7 @@ def measure(variant: str, seed: int) -> dict:
     trained = time.process_time() - start
     label = torch.arange(450) % 10
     generator = torch.Generator().manual_seed(seed)
-    drawn = sample(trainer.ema, (450, 1, 8, 8), label=label, generator=generator, **SAMPLING)
+    drawn = sample(trainer.ema, (450, 1, 8, 8), condition=label, generator=generator, **SAMPLING)
     judge = pretrained_classifier()
     features = judge.features(drawn.clamp(-1, 1))
     right = float((judge.head(features).argmax(1) == label).double().mean())

@@ -276,8 +276,8 @@ MUTANTS = {
     ),
     "label not told": Mutant(
         "unet.py",
-        "embedding = self.time(steps) + self._label_embedding(label, x)",
-        "embedding = self.time(steps) + 0 * self._label_embedding(label, x)",
+        "embedding = embedding + self._label_embedding(condition, x)",
+        "embedding = embedding + 0 * self._label_embedding(condition, x)",
         "equations_unet",
         "a network that draws any digit",
     ),
@@ -375,8 +375,8 @@ MUTANTS = {
     ),
     "label dropout inverted": Mutant(
         "training.py",
-        '< self.options["label_dropout"]',
-        '>= self.options["label_dropout"]',
+        '< self.options["condition_dropout"]',
+        '>= self.options["condition_dropout"]',
         "training",
         "keeps a tenth",
     ),
@@ -673,7 +673,7 @@ MUTANTS = {
     ),
     "guidance from the free guess": Mutant(
         "guidance.py",
-        "eps = with_label.eps + self.weight",
+        "eps = given.eps + self.weight",
         "eps = without.eps + self.weight",
         "guidance",
         "the other convention of the weight: w for 1 + w",

@@ -150,7 +150,7 @@ def test_the_shipped_clothes_are_what_was_asked_for(generator):
     """The card says 87% of a thousand; here fifty, in 20 steps."""
     label = torch.arange(50) % 10
     walk = {"steps": 20, "eta": 0.0, "generator": generator}
-    images = sample(pretrained("fashion-mnist"), (50, 1, 28, 28), label=label, **walk).clamp(-1, 1)
+    images = sample(pretrained("fashion-mnist"), (50, 1, 28, 28), condition=label, **walk).clamp(-1, 1)
     read = pretrained_classifier("fashion-mnist")(images).argmax(1)
     assert (read == label).float().mean() > 0.7
 

@@ -13,12 +13,12 @@ CLASSES = [GaussianMixture([1.0], WORLD.means[k : k + 1], WORLD.covariances[k : 
 
 
 class Exact(nn.Module):
-    """The optimal denoiser of WORLD, with or without the component's number as label."""
+    """The optimal denoiser of WORLD, with or without the component's number as condition."""
 
     schedule = SCHEDULE
 
-    def forward(self, x_t, t, label=None):
-        law = WORLD if label is None else CLASSES[int(label[0])]
+    def forward(self, x_t, t, condition=None):
+        law = WORLD if condition is None else CLASSES[int(condition[0])]
         return law.denoiser(SCHEDULE)(x_t, t)
 
 
@@ -50,7 +50,7 @@ def network() -> Denoiser:
 def test_without_weight_it_is_the_denoiser_and_with_weight_another():
     plain, label = network(), torch.tensor([0, 2])
     draws = [
-        sample(denoiser, (2, 1, 8, 8), steps=5, label=label, generator=torch.Generator().manual_seed(1))
+        sample(denoiser, (2, 1, 8, 8), steps=5, condition=label, generator=torch.Generator().manual_seed(1))
         for denoiser in (plain, Guided(plain, 0.0), Guided(plain, 2.0))
     ]
     torch.testing.assert_close(draws[0], draws[1], rtol=0, atol=1e-6)
@@ -60,10 +60,10 @@ def test_without_weight_it_is_the_denoiser_and_with_weight_another():
 @pytest.mark.parametrize("training", [True, False])
 def test_sampling_leaves_the_denoisers_mode(training):
     plain = network().train(training)
-    sample(Guided(plain, 1.0), (1, 1, 8, 8), steps=2, label=torch.tensor([1]))
+    sample(Guided(plain, 1.0), (1, 1, 8, 8), steps=2, condition=torch.tensor([1]))
     assert plain.training == plain.network.training == training
 
 
 def test_no_label_is_refused():
-    with pytest.raises(ValueError, match="towards a label; got none"):
+    with pytest.raises(ValueError, match="towards a condition; got none"):
         Guided(network(), 1.0)(torch.zeros(1, 1, 8, 8), 3)

@@ -201,7 +201,7 @@ def test_sampling_keeps_no_graph():
 
 def test_labels_steer_the_samples():
     denoiser, options = tiny_denoiser(classes=3), {"x_T": torch.randn(1, 1, 4, 4), "eta": 0.0, "clip": False}
-    outcomes = [sample(denoiser, label=torch.tensor([c]), **options) for c in range(4)]
+    outcomes = [sample(denoiser, condition=torch.tensor([c]), **options) for c in range(4)]
     assert all(not torch.equal(a, b) for i, a in enumerate(outcomes) for b in outcomes[:i])
     assert torch.equal(sample(denoiser, **options), outcomes[3])
 

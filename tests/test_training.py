@@ -50,7 +50,7 @@ def assert_same_bits(a: dict, b: dict) -> None:
 # Resuming
 
 
-EVERYTHING = {"labels": True, "dropout": 0.3, "label_dropout": 0.4, "decay_steps": 12, "seed": 7}
+EVERYTHING = {"labels": True, "dropout": 0.3, "condition_dropout": 0.4, "decay_steps": 12, "seed": 7}
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,7 @@ class Spy(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
         self.config, self.seen, self.labels, self.steps = config, [], [], []
+        self.nothing = torch.tensor(config.get("classes", 0))
 
     def forward(self, x, steps, label=None):
         self.seen.append(x.detach())
@@ -240,7 +241,7 @@ def test_the_noise_is_standard_normal():
 def test_a_share_of_labels_is_replaced_by_no_label(share):
     spy = Spy(classes=7)
     labels = torch.arange(10) % 7
-    options = {"batch_size": 500, "label_dropout": share}
+    options = {"batch_size": 500, "condition_dropout": share}
     run(Trainer(Denoiser(spy, QUIET), numbered(10), labels, **options), 20)
     given, seen = torch.cat(spy.labels), torch.cat(spy.seen)[:, 0, 0, 0]
     dropped = given == 7
@@ -406,7 +407,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("options", [{}, {"labels": True, "label_dropout": 0.5}], ids=["plain", "labels"])
+@pytest.mark.parametrize("options", [{}, {"labels": True, "condition_dropout": 0.5}], ids=["plain", "labels"])
 def test_no_step_waits_for_the_device(options, monkeypatch):
     """The checks of t and of labels look at tensors on the CPU only, so they are taken out here."""
     training = trainer(**options)
