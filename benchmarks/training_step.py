@@ -29,8 +29,6 @@ from unittest.mock import MagicMock
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DModel
-from diffusers.training_utils import EMAModel
 from ema_pytorch import EMA
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,8 +37,12 @@ from benchmarks.speed_ladder import hardware
 from ddpm_lib import Denoiser, Schedule, Trainer, UNet, step
 from ddpm_lib.training import has_bfloat16
 
-# What denoising-diffusion-pytorch takes from torchvision, to read and write image files, is not timed; and torchvision
-# loads only with the very build of torch that it was made for. A stand-in takes its place.
+# torchvision loads only with the very build of torch that it was made for, and nothing that is timed needs it.
+# diffusers does without; denoising-diffusion-pytorch, which reads and writes image files with it, gets a stand-in.
+sys.modules["torchvision"] = None
+from diffusers import DDPMScheduler, UNet2DModel  # noqa: E402
+from diffusers.training_utils import EMAModel  # noqa: E402
+
 sys.modules["torchvision"] = MagicMock()
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet  # noqa: E402
 
@@ -229,7 +231,7 @@ def compared(theirs: list[float], ours: list[float]) -> tuple[float, str]:
 def table(contestants: list[Contestant], times: list[list[float]], memory: list[float], batch: int) -> Iterator[str]:
     """A row for each contestant; ratios to the one that it is held against, with the lowest and highest round."""
     peak = next((peak for name, peak in PEAK.items() if memory and name in torch.cuda.get_device_name()), None)
-    columns = ["", "ms", "images/s", "GFLOP per image", "GFLOP/s", "time / ours", "time per GFLOP / ours"]
+    columns = ["Library", "ms", "images/s", "GFLOP per image", "GFLOP/s", "time / ours", "time per GFLOP / ours"]
     columns += ["FLOP utilisation", "GiB"] if memory else []
     yield f"| {' | '.join(columns)} |"
     yield f"|---|{'---:|' * (len(columns) - 1)}"
