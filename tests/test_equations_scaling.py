@@ -204,6 +204,30 @@ def test_steps_and_examples_trade_off_along_a_hyperbola():
         assert (S / exact - 1) * (S * B / (exact * B_H) - 1) == pytest.approx(1, rel=0.2)
 
 
+@pytest.mark.equation("eq-scaling-one-seed")
+@pytest.mark.parametrize("k", [1, 2, 4, 16])
+def test_what_remains_of_the_variance_when_k_processes_share_their_draws(k):
+    """Simulated processes, in a world of 7 images and 5 draws whose gradients mix both; and the parts sum to it all."""
+    rng = np.random.default_rng(3)
+    images, draws = rng.normal(size=(7, 1, 4)), 1.5 * rng.normal(size=(1, 5, 4))
+    g = 2 + 0.5 * images + draws + images * (draws - draws.mean(1))
+    G, by_draw, by_image = g.mean((0, 1)), g.mean(0), g.mean(1)
+    trace = ((g - G) ** 2).sum(2).mean()
+    V_x, V_u = ((by_image - G) ** 2).sum(1).mean(), ((by_draw - G) ** 2).sum(1).mean()
+    interaction = g - by_image[:, None] - by_draw + G
+    assert V_x + V_u + (interaction**2).sum(2).mean() == pytest.approx(trace)
+    rho = V_u / trace
+    assert 0.2 < rho < 0.8
+    assert V_x < 0.5 * (1 - rho) * trace  # the interaction is not a trifle
+
+    u = rng.integers(5, size=(100_000, 1))
+    averages = g[rng.integers(7, size=(100_000, k)), u].mean(1)
+    assert rho + (1 - rho) / k == pytest.approx(averages.var(0).sum() / trace, rel=0.02)
+
+    products = [g[x, u[:, 0]] for x in rng.integers(7, size=(2, 100_000))]  # how the chapter finds V_u
+    assert G @ G + V_u == pytest.approx((products[0] * products[1]).sum(1).mean(), rel=0.02)
+
+
 # Numbers with fewer bits
 
 
