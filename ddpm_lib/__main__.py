@@ -18,6 +18,7 @@ from . import plots, run
 from .checkpoint import load_denoiser, pretrained, save_denoiser, write_file
 from .cost import cost
 from .evaluation import evaluate as measure
+from .guidance import Guided
 from .interop import from_diffusers, to_diffusers
 from .onnx import export_onnx
 from .prediction import Denoiser
@@ -57,6 +58,8 @@ def sample(
     eta: float = 1.0,
     variance: Literal["beta", "beta_tilde"] = "beta",
     label: int | None = None,
+    caption: str | None = None,
+    weight: float = 0.0,
     seed: int = 0,
     device: str = "cpu",
 ) -> None:
@@ -69,19 +72,27 @@ def sample(
         eta: 1 for ancestral sampling, 0 for deterministic DDIM.
         variance: the larger (beta) or the smaller (beta_tilde) of the paper's two.
         label: the class of all images; by default a class-conditional model draws all classes in turn.
+        caption: what all images are to show, for a model with a text encoder.
+        weight: of classifier-free guidance towards label or caption.
         seed: of the noise.
         device: cpu, cuda or mps.
     """
     denoiser = load_model(model, device)
     config = denoiser.network.config
-    labels = None
+    condition = None
     if config["classes"] is not None:
         labels = torch.arange(number, device=device) % config["classes"]
-        labels = labels if label is None else torch.full_like(labels, label)
+        condition = labels if label is None else torch.full_like(labels, label)
+    elif caption is not None:
+        if "encoder" not in config:
+            raise ValueError("this model has no text encoder: leave the caption out.")
+        condition = denoiser.network.encoder.tokenise([caption] * number).to(device)
+    if weight:
+        denoiser = Guided(denoiser, weight)
     shape = (number, config["in_channels"], config["image_size"], config["image_size"])
     generator = torch.Generator().manual_seed(seed)
     images = draw_samples(
-        denoiser, shape, steps=steps, eta=eta, variance=variance, condition=labels, generator=generator
+        denoiser, shape, steps=steps, eta=eta, variance=variance, condition=condition, generator=generator
     )
     sheet = plots.tile(images.cpu(), columns=config["classes"] or max(1, round(number**0.5)))
     write_file(out, plots.png(sheet, sheet.shape[1]))
@@ -90,12 +101,15 @@ def sample(
 
 def evaluate(
     model: Model,
-    dataset: Annotated[Literal["digits", "mnist", "fashion-mnist", "cifar10", "image-folder"], tyro.conf.Positional],
+    dataset: Annotated[
+        Literal["digits", "mnist", "fashion-mnist", "cifar10", "scenes", "image-folder"], tyro.conf.Positional
+    ],
     root: Path | None = None,
     number: int = 1000,
     steps: int | None = 50,
     eta: float = 0.0,
     variance: Literal["beta", "beta_tilde"] = "beta",
+    weight: float = 0.0,
     seed: int = 0,
     inception: bool = False,
     device: str = "cpu",
@@ -110,12 +124,13 @@ def evaluate(
         steps: of the sampler.
         eta: 0 for deterministic DDIM, 1 for ancestral sampling.
         variance: the larger (beta) or the smaller (beta_tilde) of the paper's two.
+        weight: of classifier-free guidance.
         seed: of all noise.
         inception: judge samples by the Inception network (FID, Inception score); needs 'ddpm-lib[inception]'.
         device: cpu, cuda or mps.
         out: write the figures to this JSON file, too.
     """
-    walk = {"steps": steps, "eta": eta, "variance": variance}
+    walk = {"steps": steps, "eta": eta, "variance": variance, "weight": weight}
     denoiser = load_model(model, device)
     figures = measure(denoiser, dataset, root=root, number=number, seed=seed, inception=inception, **walk)
     for name, value in figures.items():

@@ -199,6 +199,26 @@ def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoi
     return denoiser.to(device).eval()
 
 
+def save_text_encoder(encoder: TextEncoder, path: str | Path) -> None:
+    """Write a text encoder to one safetensors file."""
+    write_checkpoint(path, "text encoder", encoder.config, encoder.state_dict())
+
+
+def load_text_encoder(name: str | Path) -> TextEncoder:
+    """The text encoder that the package ships under this name, or that ``save_text_encoder`` wrote to this path."""
+    path = Path(name) if Path(name).suffix == ".safetensors" else shipped(str(name))
+    config, tensors = read_checkpoint(path, "text encoder")
+    try:
+        with torch.device("meta"):
+            plan = TextEncoder(**config)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"the configuration in {path} does not describe a text encoder: {error}") from error
+    check_fit(plan.state_dict(), tensors, str(path))
+    encoder = TextEncoder(**plan.config)
+    encoder.load_state_dict(tensors)
+    return encoder.eval().requires_grad_(False)
+
+
 def shipped(name: str) -> Path:
     """Path of a file that the package ships in ``ddpm_lib/models``.
 

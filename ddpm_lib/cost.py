@@ -25,8 +25,9 @@ def cost(recipe: Recipe, device: str | torch.device | None = None) -> dict[str, 
     size = batch if device.type != "cpu" else min(TIMED_BATCH, batch)
     images = torch.zeros(size, network.in_channels, network.image_size, network.image_size)
     options = recipe.trainer_options() | {"batch_size": size, "accumulate": 1 if size < batch else training.accumulate}
-    labels = None if network.classes is None else torch.zeros(size, dtype=torch.long)
-    trainer = Trainer(denoiser, images, labels, **options, device=device)
+    nothing = denoiser.network.nothing
+    conditions = None if nothing is None else torch.zeros(size, *nothing.shape, dtype=torch.long)
+    trainer = Trainer(denoiser, images, conditions, **options, device=device)
     times = []
     for _ in range(1 + TIMED_STEPS):
         start = time.perf_counter()

@@ -26,11 +26,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .download import ORIGINALS, SUMS, DataError, listed, locate, read, read_as
+from .scenes import scenes
 from .schedule import _positive_int
 
 SPIRAL_MEAN = torch.tensor([-0.4244, 1.9099])
 SPIRAL_STD = torch.tensor([4.7820, 4.2307])
 TRAIN = 1347  # of the 1,797 digits; the file stores them in a fixed shuffled order
+
+SCENES = {"train": 60_000, "test": 2_000}  # how many are drawn
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 UNPACKED = 1 << 30  # bytes; no file read here unpacks to more
@@ -47,12 +50,12 @@ CIFAR_BATCHES = {
 
 def load_images(
     dataset: str, split: str = "train", *, root: str | Path | None = None, image_size: int | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Images (N, C, H, W) and labels (N,), or None for labels where there are none, of a data set by its name.
+) -> tuple[Tensor, Tensor | list[str] | None]:
+    """Images (N, C, H, W) and labels (N,), or captions, or None where there are neither, of a data set by its name.
 
-    ``dataset`` is 'digits', 'mnist', 'fashion-mnist', 'cifar10' or 'image-folder'. Images are uint8 in 0..255; those
-    of digits are float32 in [-1, 1]. 'image-folder' needs ``root``, its folder, and ``image_size``; all its images are
-    the split 'train'. The others have a size of their own, which ``image_size`` may state.
+    ``dataset`` is 'digits', 'mnist', 'fashion-mnist', 'cifar10', 'scenes' or 'image-folder'. Images are uint8 in
+    0..255; those of digits are float32 in [-1, 1]. 'image-folder' needs ``root``, its folder, and ``image_size``; all
+    its images are the split 'train'. The others have a size of their own, which ``image_size`` may state.
 
     Raises:
         DataError: the data are absent or damaged.
@@ -65,10 +68,11 @@ def load_images(
             raise ValueError(f"an image-folder has the split 'train' only; got {split!r}.")
         return image_folder(root, image_size)
     loaders = {"mnist": mnist, "fashion-mnist": fashion_mnist, "cifar10": cifar10}
-    if dataset != "digits" and dataset not in loaders:
-        known = ", ".join(["digits", *loaders, "image-folder"])
+    drawn = {"digits": digits, "scenes": _scenes}
+    if dataset not in drawn | loaders:
+        known = ", ".join([*drawn, *loaders, "image-folder"])
         raise ValueError(f"dataset must be one of {known}; got {dataset!r}.")
-    images, labels = digits(split) if dataset == "digits" else loaders[dataset](split, root)
+    images, labels = drawn[dataset](split) if dataset in drawn else loaders[dataset](split, root)
     size = images.shape[-1]
     if image_size not in (None, size):
         raise ValueError(
@@ -175,6 +179,11 @@ def spiral(n: int, generator: torch.Generator | None = None) -> Tensor:
     points = angle[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
     points = points + 0.3 * torch.randn(n, 2, generator=generator)
     return (points - SPIRAL_MEAN) / SPIRAL_STD
+
+
+def _scenes(split: str) -> tuple[Tensor, list[str]]:
+    _check_split(split)
+    return scenes(SCENES[split], split)
 
 
 def _check_split(split: str) -> None:

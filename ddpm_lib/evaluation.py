@@ -10,11 +10,13 @@ from torch import Tensor
 from .checkpoint import shipped_names
 from .classifier import Classifier, pretrained_classifier
 from .data import load_images
+from .guidance import Guided
 from .inception import Inception
 from .loss import simple_loss
 from .metrics import frechet_distance, inception_score, precision_recall
 from .prediction import Denoiser
 from .sampling import sample
+from .scene_reader import satisfies
 
 BATCH = 250
 REFERENCES = 10_000  # training images that samples are compared with
@@ -29,6 +31,7 @@ def evaluate(
     steps: int | None = 50,
     eta: float = 0.0,
     variance: str = "beta",
+    weight: float = 0.0,
     seed: int = 0,
     inception: bool = False,
 ) -> dict[str, float]:
@@ -37,13 +40,15 @@ def evaluate(
     Always: the loss on held-out images, for each quarter of the steps t. Where there is a judge of samples: their
     Frechet distance to training images in its features, and beside it that of real held-out images, the floor; their
     precision and recall. From the classifier that the package ships for a data set, for a class-conditional model
-    also the share of samples that it reads as the class asked for, and of held-out images that it reads right.
+    also the share of samples that it reads as the class asked for, and of held-out images that it reads right. For a
+    model that draws captions of scenes, the share of samples that show their whole caption, and of held-out images.
 
     Args:
         denoiser: on any device; the work is done there.
         dataset, root: as for ``load_images``; of an image folder, one with held-out images.
         number: of samples, and of held-out images where there are so many.
         steps, eta, variance: of the sampler, as for ``sample_steps``.
+        weight: of classifier-free guidance, as for ``Guided``; 0 for none.
         seed: of steps, noise and samples.
         inception: judge by ``Inception`` instead, against all training images: the Frechet distance is then the FID,
             which is comparable with published ones at ``number`` 50,000. Also gives the Inception score. Where there
@@ -55,8 +60,19 @@ def evaluate(
     images, labels = load_images(dataset, split, root=root, image_size=size)
     images = _floats(images[:number]).to(device)
     classes = denoiser.network.config["classes"]
-    labels = None if classes is None else labels[:number].to(device)
-    figures = _losses(denoiser, images, labels, seed)
+    captions = labels[:number] if dataset == "scenes" and "encoder" in denoiser.network.config else None
+    if captions is not None:
+        conditions = denoiser.network.encoder.tokenise(captions).to(device)
+    else:
+        conditions = None if classes is None else labels[:number].to(device)
+    figures = _losses(denoiser, images, conditions, seed)
+    walker = Guided(denoiser, weight) if weight else denoiser
+    walk = {"steps": steps, "eta": eta, "variance": variance}
+    if captions is not None:
+        drawn = _draw(walker, images.shape, conditions, seed, **walk)
+        figures["captions shown, samples"] = _share_shown(drawn, captions)
+        figures["captions shown, held-out"] = _share_shown(images, captions)
+        return figures
     if inception:
         judge = Inception().to(device)
         training = load_images(dataset, "train", root=root, image_size=size)[0]
@@ -68,25 +84,34 @@ def evaluate(
     training = _features(judge, training)
     held_out = _features(judge, images)
     wanted = None if classes is None else torch.arange(number, device=device) % classes
-    generator = torch.Generator().manual_seed(seed)
-    samples = []
-    for start in range(0, number, BATCH):
-        noise = torch.randn(min(BATCH, number - start), *images.shape[1:], generator=generator).to(device)
-        label = None if wanted is None else wanted[start : start + BATCH]
-        walk = {"steps": steps, "eta": eta, "variance": variance}
-        samples.append(sample(denoiser, x_T=noise, condition=label, generator=generator, **walk).clamp(-1, 1))
-    features = _features(judge, torch.cat(samples))
+    features = _features(judge, _draw(walker, (number, *images.shape[1:]), wanted, seed, **walk))
     figures["Frechet distance, samples to training"] = frechet_distance(features, training)
     figures["Frechet distance, held-out to training"] = frechet_distance(held_out, training)
-    few = min(number, len(training), REFERENCES)
+    few, generator = min(number, len(training), REFERENCES), torch.Generator().manual_seed(seed)
     some = training[torch.randperm(len(training), generator=generator)[:few].to(device)]
     figures["precision"], figures["recall"] = precision_recall(some, features[:few])
     if inception:
         figures["Inception score, samples"] = inception_score(judge.head(features))
     elif wanted is not None:
         figures["label accuracy, samples"] = _accuracy(judge.head(features), wanted)
-        figures["label accuracy, held-out"] = _accuracy(judge.head(held_out), labels)
+        figures["label accuracy, held-out"] = _accuracy(judge.head(held_out), conditions)
     return figures
+
+
+def _draw(denoiser: Denoiser | Guided, shape: tuple, conditions: Tensor | None, seed: int, **walk) -> Tensor:
+    """Samples in parts, with the noise of the seed."""
+    generator, samples = torch.Generator().manual_seed(seed), []
+    device = next(denoiser.parameters()).device
+    for start in range(0, shape[0], BATCH):
+        noise = torch.randn(min(BATCH, shape[0] - start), *shape[1:], generator=generator).to(device)
+        condition = None if conditions is None else conditions[start : start + BATCH]
+        samples.append(sample(denoiser, x_T=noise, condition=condition, generator=generator, **walk).clamp(-1, 1))
+    return torch.cat(samples)
+
+
+def _share_shown(images: Tensor, captions: list[str]) -> float:
+    """Share of the scenes that show their whole caption."""
+    return sum(satisfies(image, caption)["all"] for image, caption in zip(images, captions)) / len(captions)
 
 
 def _losses(denoiser: Denoiser, images: Tensor, labels: Tensor | None, seed: int) -> dict[str, float]:

@@ -8,19 +8,23 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from .checkpoint import load_text_encoder
 from .prediction import Denoiser
 from .schedule import Schedule
+from .text import TextUNet
 from .unet import UNet
 
 
 @dataclass(frozen=True)
 class Data:
-    dataset: Literal["digits", "mnist", "fashion-mnist", "cifar10", "image-folder"]
+    dataset: Literal["digits", "mnist", "fashion-mnist", "cifar10", "scenes", "image-folder"]
     """What to train on."""
     root: Path | None = None
     """Where the files lie; without it: $DDPM_DATA, then the cache, then a download."""
     flip: bool = False
     """Mirror images at random, half of the time."""
+    text_encoder: str | None = None
+    """What reads the captions, for a model that draws what they say: a shipped text encoder, or the file of one."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Noise:
     """Schedule of the noise."""
     T: int = 1000
     """Steps of the noising process."""
+    snr_scale: float = 1.0
+    """Multiplies the signal-to-noise ratios of the cosine schedule."""
     predicts: Literal["eps", "x0", "v"] = "eps"
     """What the network learns to give."""
 
@@ -131,8 +137,16 @@ class Recipe:
 
     def denoiser(self) -> Denoiser:
         """The untrained denoiser; the caller has seeded torch."""
-        schedule = Schedule.from_config({"name": self.noise.schedule, "T": self.noise.T})
-        return Denoiser(UNet(**asdict(self.network)), schedule, self.noise.predicts)
+        config = {"name": self.noise.schedule, "T": self.noise.T}
+        if self.noise.snr_scale != 1:
+            config["snr_scale"] = self.noise.snr_scale
+        options = asdict(self.network)
+        if self.data.text_encoder is None:
+            network = UNet(**options)
+        else:
+            encoder = load_text_encoder(self.data.text_encoder)
+            network = TextUNet(encoder, UNet(**options, text_channels=encoder.width))
+        return Denoiser(network, Schedule.from_config(config), self.noise.predicts)
 
     def trainer_options(self) -> dict:
         """Keyword arguments of ``Trainer``."""

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from . import plots
 from .checkpoint import CheckpointError, load_denoiser, write_file
 from .data import load_images
+from .prediction import Denoiser
 from .recipe import Recipe
 from .sampling import sample
 from .training import Trainer, TrainStep, best_device
@@ -71,12 +72,24 @@ def build(recipe: Recipe, device: torch.device) -> Trainer:
             f"the images of {recipe.data.dataset} have shape {tuple(images.shape[1:])}; the recipe's network takes "
             f"{(recipe.network.in_channels, size, size)}: set in_channels and image_size."
         )
-    if recipe.network.classes is None:
-        labels = None
-    elif labels is None:
-        raise RunError(f"the recipe has classes = {recipe.network.classes}, but {recipe.data.dataset} has no labels.")
     torch.manual_seed(recipe.training.seed)
-    return Trainer(recipe.denoiser(), images, labels, **recipe.trainer_options(), device=device)
+    denoiser = recipe.denoiser()
+    conditions = _conditions(recipe, denoiser, labels)
+    return Trainer(denoiser, images, conditions, **recipe.trainer_options(), device=device)
+
+
+def _conditions(recipe: Recipe, denoiser: Denoiser, labels: Tensor | list[str] | None) -> Tensor | None:
+    """What the network is told about each image: the labels, or the tokens of the captions."""
+    dataset, classes = recipe.data.dataset, recipe.network.classes
+    if recipe.data.text_encoder is not None:
+        if not isinstance(labels, list):
+            raise RunError(f"the recipe has a text_encoder, but {dataset} has no captions.")
+        return denoiser.network.encoder.tokenise(labels)
+    if classes is None:
+        return None
+    if not isinstance(labels, Tensor):
+        raise RunError(f"the recipe has classes = {classes}, but {dataset} has no labels.")
+    return labels
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -139,12 +152,14 @@ def draw(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
     """A sheet of samples of the averaged model: always from the same noise, so that sheets can be compared."""
     classes = recipe.network.classes
     number = 64 if classes is None else classes * max(1, 64 // classes)
-    label = None if classes is None else torch.arange(number, device=trainer.device) % classes
+    condition = None if trainer.conditions is None else trainer.conditions[:number]
+    if classes is not None:
+        condition = torch.arange(number, device=trainer.device) % classes
     size = recipe.network.image_size
     noise = torch.randn(number, recipe.network.in_channels, size, size, generator=torch.Generator().manual_seed(0))
     with trainer.autocast:
         images = sample(
-            trainer.ema, x_T=noise.to(trainer.device), steps=recipe.output.sample_steps, eta=0.0, condition=label
+            trainer.ema, x_T=noise.to(trainer.device), steps=recipe.output.sample_steps, eta=0.0, condition=condition
         )
     sheet = plots.tile(images.float().cpu(), columns=classes or 8)
     write_file(folder / "samples" / f"step-{trainer.step:09}.png", plots.png(sheet, sheet.shape[1]))

@@ -76,19 +76,27 @@ class Schedule:
         return cls(beta, {"name": "linear", "T": T, "beta_1": beta_1, "beta_T": beta_T})
 
     @classmethod
-    def cosine(cls, T: int = 1000, s: float = 0.008, beta_max: float = 0.999) -> Schedule:
+    def cosine(cls, T: int = 1000, s: float = 0.008, beta_max: float = 0.999, snr_scale: float = 1.0) -> Schedule:
         """alpha_bar falls as a squared cosine; beta is clipped at beta_max.
 
-        Source: Nichol and Dhariwal (2021), section 3.2.
+        ``snr_scale`` multiplies every signal-to-noise ratio: below 1, images are covered earlier. Images with large
+        even areas need that, since neighbouring pixels show the same colour, and their mean is seen through more noise.
+
+        Source: Nichol and Dhariwal (2021), section 3.2; for snr_scale Hoogeboom, Heek, Salimans (2023), section 3.1.
         """
         T = _positive_int("T", T)
         if not s >= 0:
             raise ValueError(f"the offset s of the cosine schedule must be 0 or more; got {s}.")
         if not 0 < beta_max < 1:
             raise ValueError(f"beta_max must lie strictly between 0 and 1; got {beta_max}.")
+        if not 0 < snr_scale < math.inf:
+            raise ValueError(f"snr_scale must be above 0; got {snr_scale}.")
         f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s) * math.pi / 2) ** 2
+        if snr_scale != 1:
+            f = f / f[0]
+            f = snr_scale * f / (snr_scale * f + 1 - f)
         beta = (1 - f[1:] / f[:-1]).clamp(max=beta_max)
-        return cls(beta, {"name": "cosine", "T": T, "s": s, "beta_max": beta_max})
+        return cls(beta, {"name": "cosine", "T": T, "s": s, "beta_max": beta_max, "snr_scale": snr_scale})
 
     @classmethod
     def from_config(cls, config: dict) -> Schedule:

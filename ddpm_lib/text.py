@@ -38,7 +38,9 @@ class TextEncoder(nn.Module):
         self.number = {word: i for i, word in enumerate(vocabulary, start=1)}
         self.length, self.width = _positive_int("length", length), width
         self.words = nn.Embedding(len(vocabulary) + 1, width)
-        self.places = nn.Parameter(0.02 * torch.randn(length, width))
+        self.places = nn.Parameter(torch.empty(length, width))
+        for table in (self.words.weight, self.places):  # alike, so that places count as much as words
+            nn.init.normal_(table, std=0.1)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 width, HEADS, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True

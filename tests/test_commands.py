@@ -28,6 +28,15 @@ SMALL = [
 ]
 
 
+FEW_SCENES = {"train": 200, "test": 20}
+COMMAND = f"import sys; from ddpm_lib import __main__, data; data.SCENES = {FEW_SCENES}; __main__.main(sys.argv[1:])"
+
+
+@pytest.fixture(autouse=True)
+def few_scenes(monkeypatch):
+    monkeypatch.setattr("ddpm_lib.data.SCENES", FEW_SCENES)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return tiny_data(tmp_path_factory.mktemp("data"))
@@ -45,7 +54,7 @@ def arguments_for(name, data, folder, steps):
     options += ["--image-size", size, "--attention-resolutions", size // 2]
     if recipe.training.decay_steps:
         options += ["--decay-steps", 100]
-    if recipe.data.dataset != "digits":
+    if recipe.data.dataset not in ("digits", "scenes"):
         options += ["--root", data / "image-folder" if recipe.data.dataset == "image-folder" else data]
     return [str(option) for option in options]
 
@@ -54,7 +63,7 @@ def arguments_for(name, data, folder, steps):
 def test_a_recipe_from_the_first_step_to_the_export(name, data, tmp_path, capsys):
     folder = tmp_path / "run"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    endless = [sys.executable, "-m", "ddpm_lib", *arguments_for(name, data, folder, 10**6)]
+    endless = [sys.executable, "-c", COMMAND, *arguments_for(name, data, folder, 10**6)]
     with (
         (tmp_path / "output.txt").open("w") as output,
         subprocess.Popen(endless, env=environment, stdout=output, stderr=subprocess.STDOUT) as process,
@@ -81,12 +90,13 @@ def test_a_recipe_from_the_first_step_to_the_export(name, data, tmp_path, capsys
     told = said(capsys, "evaluate", folder, dataset, *options, "--number", 10, "--steps", 2)
     assert "loss on held-out images, t = 31 to 40" in told
     assert ("label accuracy, samples" in told) == (dataset in ("digits", "fashion-mnist"))
+    assert ("captions shown, samples" in told) == (dataset == "scenes")
 
     others = {"model.safetensors": load_denoiser}
-    if recipe.network.patch_size == 1:
+    if recipe.network.patch_size == 1 and recipe.data.text_encoder is None:
         others["folder"] = from_diffusers
     else:
-        with pytest.raises(SystemExit, match="diffusers' UNet2DModel has no patches"):
+        with pytest.raises(SystemExit, match="diffusers' UNet2DModel (has no patches|is told what to draw by a class)"):
             main(["export", str(folder), str(tmp_path / "folder")])
     x, t = torch.randn(2, *shape(recipe)), torch.tensor([1, 40])
     ours = run.load_run(folder)

@@ -17,7 +17,7 @@ def parameters(recipe):
 
 
 def test_the_recipes_of_the_issue_are_there():
-    expected = ["celebahq-256", "cifar10", "digits", "fashion-mnist", "image-folder", "lsun-256", "mnist"]
+    expected = ["celebahq-256", "cifar10", "digits", "fashion-mnist", "image-folder", "lsun-256", "mnist", "scenes"]
     assert recipe_names() == expected
 
 

@@ -1,0 +1,140 @@
+"""Train a text encoder for captioned scenes, before any picture is drawn: ``python -m scripts.text_encoder FILE``.
+
+Three ways to learn to read:
+
+- ``attributes``: say from the mean of the features what the scene holds: the shape, colour and size of each object, the
+  background, the order, the number. It uses what only the maker of the data knows.
+- ``pictures``: tell which of 256 pictures a caption belongs to, as CLIP does (Radford et al. 2021), beside a small network
+  that reads the pictures. It uses pairs of picture and caption, and nothing else.
+- ``words``: guess hidden words, as BERT does (Devlin et al. 2019). It uses captions alone.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddpm_lib.checkpoint import save_text_encoder
+from ddpm_lib.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    LONGEST,
+    RADII,
+    RELATIONS,
+    SHAPES,
+    VOCABULARY,
+    Scene,
+    captioned_scenes,
+    scenes,
+)
+from ddpm_lib.text import TextEncoder
+
+SCENES = 60_000
+BATCH = 256
+LEARNING_RATE = 2e-3
+HIDDEN = 0.2  # share of words hidden in 'words'
+Loss = Callable[[Tensor], Tensor]  # of the places of a batch in the training set
+
+
+def slots(scene: Scene) -> list[str]:
+    """What the scene holds, one word for each question."""
+    items = scene.items if scene.order else scene.items[:1]
+    words = [scene.background, scene.order or "none", str(len(scene.items))]
+    for place in range(3):
+        words += [items[place].shape, items[place].colour, items[place].size] if place < len(items) else ["none"] * 3
+    return words
+
+
+ANSWERS = [
+    list(BACKGROUNDS),
+    ["none", *RELATIONS],
+    list("1234"),
+    *3 * [["none", *SHAPES], ["none", *COLOURS], ["none", *RADII]],
+]
+
+
+def attributes(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
+    answers = [slots(scene) for scene, _ in captioned_scenes(SCENES)]
+    answers = torch.tensor([[known.index(word) for known, word in zip(ANSWERS, words)] for words in answers])
+    heads = nn.ModuleList(nn.Linear(encoder.width, len(known)) for known in ANSWERS)
+
+    def loss(batch: Tensor) -> Tensor:
+        pooled = encoder(tokens[batch]).mean(1)
+        return sum(F.cross_entropy(head(pooled), answers[batch, i]) for i, head in enumerate(heads)) / len(heads)
+
+    return heads, loss
+
+
+def pictures(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
+    images = scenes(SCENES)[0]
+    eye = nn.Sequential(
+        *(nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(64 * 16, 128)),
+    )
+    parts = nn.ModuleDict({"eye": eye, "words": nn.Linear(encoder.width, 128)})
+    parts.register_parameter("log_scale", nn.Parameter(torch.tensor(2.5)))
+
+    def loss(batch: Tensor) -> Tensor:
+        seen = F.normalize(eye(images[batch] / 127.5 - 1), dim=1)
+        read = F.normalize(parts["words"](encoder(tokens[batch]).mean(1)), dim=1)
+        alike, own = parts.log_scale.exp() * seen @ read.T, torch.arange(len(batch))
+        return (F.cross_entropy(alike, own) + F.cross_entropy(alike.T, own)) / 2
+
+    return parts, loss
+
+
+def words(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
+    head = nn.Linear(encoder.width, len(VOCABULARY) + 1)
+
+    def loss(batch: Tensor) -> Tensor:
+        whole = tokens[batch]
+        hidden = (torch.rand(whole.shape) < HIDDEN) & (whole > 0)
+        return F.cross_entropy(head(encoder(whole.masked_fill(hidden, 0)))[hidden], whole[hidden])
+
+    return head, loss
+
+
+OBJECTIVES = {"attributes": attributes, "pictures": pictures, "words": words}
+
+
+def train(objective: str, steps: int, width: int, layers: int, seed: int = 0) -> Iterator[tuple[TextEncoder, float]]:
+    """The encoder after each step, with the loss of that step."""
+    torch.manual_seed(seed)
+    encoder = TextEncoder(VOCABULARY, LONGEST, width, layers)
+    tokens = encoder.tokenise([caption for _, caption in captioned_scenes(SCENES)])
+    extra, loss = OBJECTIVES[objective](encoder, tokens)
+    parameters = [*encoder.parameters(), *extra.parameters()]
+    optimiser = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        value = loss(torch.randint(SCENES, (BATCH,)))
+        optimiser.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        yield encoder, value.item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--objective", default="attributes", choices=OBJECTIVES)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=2)
+    options = parser.parse_args()
+    bar = tqdm(train(options.objective, options.steps, options.width, options.layers), total=options.steps)
+    for encoder, value in bar:
+        bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+    save_text_encoder(encoder.eval(), options.file)
+    print(f"{options.file}: loss {value:.4f}")
+
+
+if __name__ == "__main__":
+    main()
