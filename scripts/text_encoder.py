@@ -4,8 +4,8 @@ Three ways to learn to read:
 
 - ``attributes``: say from the mean of the features what the scene holds: the shape, colour and size of each object, the
   background, the order, the number. It uses what only the maker of the data knows.
-- ``pictures``: tell which of 256 pictures a caption belongs to, as CLIP does (Radford et al. 2021), beside a small network
-  that reads the pictures. It uses pairs of picture and caption, and nothing else.
+- ``pictures``: tell which of 256 pictures a caption belongs to, as CLIP does (Radford et al. 2021), beside a small
+  network that reads the pictures. It uses pairs of picture and caption, and nothing else.
 - ``words``: guess hidden words, as BERT does (Devlin et al. 2019). It uses captions alone.
 """
 
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     options = parser.parse_args()
     bar = tqdm(train(options.objective, options.steps, options.width, options.layers), total=options.steps)
-    for encoder, value in bar:
+    for encoder, value in bar:  # noqa: B007
         bar.set_postfix(loss=f"{value:.4f}", refresh=False)
     save_text_encoder(encoder.eval(), options.file)
     print(f"{options.file}: loss {value:.4f}")

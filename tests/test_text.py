@@ -179,7 +179,7 @@ def test_a_function_makes_the_images_beside_from_those_of_the_batch():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A CLIP text model and a T5, tiny and random, each with a tokeniser of whole words, as transformers stores them."""
+    """A CLIP text model and a T5, tiny and random, with a tokeniser of whole words, as transformers stores them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5Model
 
