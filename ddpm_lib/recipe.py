@@ -49,6 +49,8 @@ class Network:
     """Classes of a class-conditional model."""
     patch_size: int = 1
     """Side of the squares of pixels that the network works on as one place."""
+    adaptive_norm: bool = False
+    """Let the embedding scale and shift what each block has normalised."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ class UNet(nn.Module):
             self-attention the pixels attend to the words (Rombach et al. 2022, section 3.3).
         image_channels: channels of an image beside the noisy one, of the same size, that the first convolution sees,
             too (Saharia et al. 2021, section 2.1).
+        adaptive_norm: let the embedding scale and shift what each block has normalised, instead of joining it before
+            (Dhariwal and Nichol 2021, section 3.1). It says more with the same embedding.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class UNet(nn.Module):
         patch_size: int = 1,
         text_channels: int | None = None,
         image_channels: int | None = None,
+        adaptive_norm: bool = False,
     ):
         super().__init__()
         for name, value in (("image_size", image_size), ("in_channels", in_channels), ("base_channels", base_channels)):
@@ -76,6 +79,7 @@ class UNet(nn.Module):
             "patch_size": patch_size,
             "text_channels": text_channels,
             "image_channels": image_channels,
+            "adaptive_norm": adaptive_norm,
         }
         if not channel_multipliers or any(not isinstance(m, int) or m < 1 for m in channel_multipliers):
             raise ValueError(f"channel_multipliers must be one or more whole numbers >= 1; got {channel_multipliers}.")
@@ -110,7 +114,7 @@ class UNet(nn.Module):
 
         def stage(width_in: int, width: int, size: int) -> Stage:
             attends = size in attention_resolutions
-            return Stage(width_in, width, embedding, dropout, groups, attends, text_channels)
+            return Stage(width_in, width, embedding, dropout, groups, attends, text_channels, adaptive_norm)
 
         skips, width = [base_channels], base_channels
         self.down = nn.ModuleList()
@@ -125,8 +129,8 @@ class UNet(nn.Module):
 
         self.middle = nn.ModuleList(
             [
-                Stage(width, width, embedding, dropout, groups, True, text_channels),
-                Stage(width, width, embedding, dropout, groups, False, text_channels),
+                Stage(width, width, embedding, dropout, groups, True, text_channels, adaptive_norm),
+                Stage(width, width, embedding, dropout, groups, False, text_channels, adaptive_norm),
             ]
         )
 
@@ -250,9 +254,10 @@ class Stage(nn.Module):
         groups: int,
         attends: bool,
         text_channels: int | None = None,
+        adaptive_norm: bool = False,
     ):
         super().__init__()
-        self.residual = ResidualBlock(width_in, width, embedding, dropout, groups)
+        self.residual = ResidualBlock(width_in, width, embedding, dropout, groups, adaptive_norm)
         self.attention = Attention(width, groups) if attends else nn.Identity()
         self.reading = CrossAttention(width, text_channels, groups) if attends and text_channels else None
 
@@ -262,13 +267,19 @@ class Stage(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, with the embedding added between; plus the input."""
+    """Norm, SiLU, convolution, twice, with the embedding between; plus the input.
 
-    def __init__(self, width_in: int, width: int, embedding: int, dropout: float, groups: int):
+    The embedding is added before the second norm, or, if the norm is adaptive, scales and shifts what comes out of it.
+    """
+
+    def __init__(
+        self, width_in: int, width: int, embedding: int, dropout: float, groups: int, adaptive_norm: bool = False
+    ):
         super().__init__()
+        self.adaptive_norm = adaptive_norm
         self.norm_1 = nn.GroupNorm(groups, width_in, eps=EPS)
         self.conv_1 = conv3x3(width_in, width)
-        self.embedding = linear(embedding, width)
+        self.embedding = linear(embedding, 2 * width if adaptive_norm else width)
         self.norm_2 = nn.GroupNorm(groups, width, eps=EPS)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = conv3x3(width, width, near_zero=True)
@@ -276,8 +287,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv_1(F.silu(self.norm_1(x)))
-        h = h + self.embedding(F.silu(embedding))[:, :, None, None]
-        h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
+        told = self.embedding(F.silu(embedding))[:, :, None, None]
+        if self.adaptive_norm:
+            scale, shift = told.chunk(2, dim=1)
+            h = self.norm_2(h) * (1 + scale) + shift
+        else:
+            h = self.norm_2(h + told)
+        h = self.conv_2(self.dropout(F.silu(h)))
         return self.shortcut(x) + h
 
 

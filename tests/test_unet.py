@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import draw_parameters, tiny_unet
+from torch import nn
 
 from ddpm_lib import UNet
 from ddpm_lib.unet import Attention, Downsample, ResidualBlock, TimeEmbedding, Upsample, attend
@@ -211,3 +212,21 @@ def test_residual_block_adds_the_embedding_between_its_convolutions():
         shortcut = torch.einsum("oc,bchw->bohw", part.shortcut.weight[:, :, 0, 0], x)
         expected = h + shortcut + part.shortcut.bias[:, None, None]
         torch.testing.assert_close(part(x, embedding), expected, rtol=0, atol=1e-12)
+
+
+def test_an_adaptive_norm_is_that_of_diffusers():
+    from diffusers.models.resnet import ResnetBlock2D
+
+    torch.manual_seed(0)
+    ours = ResidualBlock(4, 6, 5, 0.0, 2, adaptive_norm=True)
+    theirs = ResnetBlock2D(
+        in_channels=4, out_channels=6, temb_channels=5, groups=2, eps=1e-6, time_embedding_norm="scale_shift"
+    )
+    names = {"norm_1": "norm1", "conv_1": "conv1", "norm_2": "norm2", "conv_2": "conv2", "shortcut": "conv_shortcut"}
+    names["embedding"] = "time_emb_proj"
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    state = {f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in ours.state_dict().items()}
+    theirs.load_state_dict(state)
+    x, embedding = torch.randn(3, 4, 8, 8), torch.randn(3, 5)
+    torch.testing.assert_close(ours(x, embedding), theirs(x, embedding))
