@@ -13,7 +13,7 @@ CHAPTERS = $(wildcard book/*.ipynb)
 INPUTS = $(sort $(wildcard ddpm_lib/*.py ddpm_lib/datasets/* ddpm_lib/models/*)) constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test unit chapters browser lint format notebooks mutants colab wheel digits fashion-mnist scenes address hooks clean
+.PHONY: help book serve test unit chapters browser lint format notebooks mutants colab wheel digits digits-noisy-classifier fashion-mnist scenes address hooks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,16 +76,16 @@ digits: $(INSTALLED) ## train the shipped digits model again
 	$(BIN)/python -m ddpm_lib export _build/digits ddpm_lib/models/digits.safetensors
 	$(BIN)/python -m scripts.model_card digits
 
+digits-noisy-classifier: $(INSTALLED) ## train the shipped classifier of noisy digits again
+	$(BIN)/python -m scripts.noisy_classifier
+
 fashion-mnist: $(INSTALLED) ## train the shipped Fashion-MNIST model again (needs its data, see README)
 	OMP_NUM_THREADS=1 $(BIN)/python -m ddpm_lib train fashion-mnist --folder _build/fashion-mnist --device cpu
 	$(BIN)/python -m ddpm_lib export _build/fashion-mnist ddpm_lib/models/fashion-mnist.safetensors --half
 	$(BIN)/python -m scripts.model_card fashion-mnist
 
-scenes: $(INSTALLED) ## train the shipped text encoder and the model that draws captions again
+scenes-text: $(INSTALLED) ## train the shipped text encoder again
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.text_encoder ddpm_lib/models/scenes-text.safetensors
-	OMP_NUM_THREADS=1 $(BIN)/python -m ddpm_lib train scenes --folder _build/scenes --device cpu
-	$(BIN)/python -m ddpm_lib export _build/scenes ddpm_lib/models/scenes.safetensors --half
-	$(BIN)/python -m scripts.scenes_results
 
 address: ## carry the public address everywhere: make address REPOSITORY=owner/name
 	$(PYTHON) -m tools.address $(REPOSITORY)

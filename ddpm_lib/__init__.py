@@ -6,8 +6,22 @@ from .checkpoint import CheckpointError, load_denoiser, pretrained, save_denoise
 from .classifier import Classifier, pretrained_classifier
 from .data import cifar10, digits, fashion_mnist, image_folder, load_images, mnist, spiral
 from .download import DataError
-from .guidance import Guided
+from .guidance import ClassifierGuided, Guided, NoisyClassifier, label_gradient, pretrained_noisy_classifier
 from .interop import diffusers_sampling, from_diffusers, to_diffusers
+from .inverse import (
+    DPS,
+    MMPS,
+    Blur,
+    Downsample,
+    Grey,
+    Mask,
+    NullSpace,
+    PiGDM,
+    Replacement,
+    Windows,
+    repaint,
+    repaint_path,
+)
 from .loss import simple_loss
 from .metrics import frechet_distance, inception_score, kernel_distance, precision_recall, sliced_wasserstein
 from .onnx import export_onnx
@@ -21,20 +35,32 @@ from .worlds import Gaussian, GaussianMixture
 
 __version__ = "0.1.0"
 __all__ = [
+    "DPS",
+    "MMPS",
+    "Blur",
     "CheckpointError",
     "Classifier",
+    "ClassifierGuided",
     "DataError",
     "Denoiser",
+    "Downsample",
     "Gaussian",
     "GaussianMixture",
+    "Grey",
     "Guided",
+    "Mask",
+    "NoisyClassifier",
     "NonFiniteError",
+    "NullSpace",
+    "PiGDM",
     "Prediction",
+    "Replacement",
     "SampleStep",
     "Schedule",
     "TrainStep",
     "Trainer",
     "UNet",
+    "Windows",
     "best_device",
     "bound_terms",
     "cifar10",
@@ -48,6 +74,7 @@ __all__ = [
     "image_folder",
     "inception_score",
     "kernel_distance",
+    "label_gradient",
     "load_denoiser",
     "load_images",
     "mnist",
@@ -55,6 +82,9 @@ __all__ = [
     "precision_recall",
     "pretrained",
     "pretrained_classifier",
+    "pretrained_noisy_classifier",
+    "repaint",
+    "repaint_path",
     "sample",
     "sample_steps",
     "save_denoiser",

@@ -302,7 +302,9 @@ def _unet_options(config: dict, where: str) -> dict:
     attending = {width for width, attend in zip(widths, attends) if attend} | {widths[-1]}
     same = {"attn_norm_num_groups": groups, "time_embedding_dim": 4 * widths[0], "act_fn": "swish", "sample_size": size}
     same |= {"attention_head_dim": widths[-1]} if len(attending) == 1 else {}
-    written = _unet_config(options | dict.fromkeys(("text_channels", "image_channels", "adaptive_norm")) | {"patch_size": 1})
+    written = _unet_config(
+        options | dict.fromkeys(("text_channels", "image_channels", "adaptive_norm")) | {"patch_size": 1}
+    )
     config = config | {key: written[key] for key, value in same.items() if config.get(key) == value}
     _demand(config, written, where)
     if unknown := {key: v for key, v in config.items() if not (key in written.keys() | IGNORED or key.startswith("_"))}:

@@ -51,6 +51,8 @@ class Network:
     """Side of the squares of pixels that the network works on as one place."""
     adaptive_norm: bool = False
     """Let the embedding scale and shift what each block has normalised."""
+    initial: Literal["paper", "torch"] = "paper"
+    """Size of the first weights: the paper's, or PyTorch's own, which are smaller."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Training:
     """The learning rate falls linearly to 2% at this step."""
     ema_warmup: bool = True
     """Let the average forget the random start."""
+    beta_2: float = 0.999
+    """Of Adam: how slowly it forgets the size of gradients."""
     clip_norm: float = 1.0
     """Longest gradient."""
     condition_dropout: float = 0.1

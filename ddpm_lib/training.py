@@ -73,7 +73,7 @@ class Trainer:
             images (B, C, H, W) of a batch.
         batch_size: images per step, over all processes.
         accumulate: parts in which a process works through its share of a batch, to save memory.
-        learning_rate: of Adam.
+        learning_rate, beta_2: of Adam.
         warmup: steps over which the learning rate rises linearly from 0.
         decay_steps: if given, the learning rate falls linearly to 2% at this step, and stays there.
         ema_decay: weight of the old average in the moving average of weights.
@@ -102,6 +102,7 @@ class Trainer:
         batch_size: int = 128,
         accumulate: int = 1,
         learning_rate: float = 2e-4,
+        beta_2: float = 0.999,
         warmup: int = 5000,
         decay_steps: int | None = None,
         ema_decay: float = 0.9999,
@@ -129,7 +130,8 @@ class Trainer:
         for name, value in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
             if not value > 0:
                 raise ValueError(f"{name} must be above 0; got {value}.")
-        for name, value in (("ema_decay", ema_decay), ("condition_dropout", condition_dropout)):
+        shares = {"beta_2": beta_2, "ema_decay": ema_decay, "condition_dropout": condition_dropout}
+        for name, value in shares.items():
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1); got {value}.")
         if not isinstance(seed, int) or seed < 0:
@@ -141,6 +143,7 @@ class Trainer:
         self.options = {
             "batch_size": batch_size,
             "learning_rate": learning_rate,
+            "beta_2": beta_2,
             "warmup": warmup,
             "decay_steps": decay_steps,
             "ema_decay": ema_decay,
@@ -171,7 +174,9 @@ class Trainer:
         self.parameters, self.averages = zip(
             *((p, average) for p, average in zip(denoiser.parameters(), self.ema.parameters()) if p.requires_grad)
         )
-        self.optimiser = torch.optim.Adam(self.parameters, lr=learning_rate, fused=self.device.type != "mps")
+        self.optimiser = torch.optim.Adam(
+            self.parameters, lr=learning_rate, betas=(0.9, beta_2), fused=self.device.type != "mps"
+        )
         self.step = 0
         self.first_bad = torch.zeros((), dtype=torch.long, device=self.device)  # the first non-finite step, or 0
 

@@ -43,6 +43,9 @@ class UNet(nn.Module):
             too (Saharia et al. 2021, section 2.1).
         adaptive_norm: let the embedding scale and shift what each block has normalised, instead of joining it before
             (Dhariwal and Nichol 2021, section 3.1). It says more with the same embedding.
+        initial: where the weights start: 'paper', with variance 2 / (fan_in + fan_out), or 'torch', PyTorch's own
+            1 / (3 fan_in), from which a small network with a high learning rate sets out several times faster. What
+            starts near zero does so in both.
     """
 
     def __init__(
@@ -60,8 +63,11 @@ class UNet(nn.Module):
         text_channels: int | None = None,
         image_channels: int | None = None,
         adaptive_norm: bool = False,
+        initial: str = "paper",
     ):
         super().__init__()
+        if initial not in ("paper", "torch"):
+            raise ValueError(f"initial must be 'paper' or 'torch'; got {initial!r}.")
         for name, value in (("image_size", image_size), ("in_channels", in_channels), ("base_channels", base_channels)):
             _positive_int(name, value)
         for name, value in (("blocks_per_level", blocks_per_level), ("groups", groups), ("patch_size", patch_size)):
@@ -80,6 +86,7 @@ class UNet(nn.Module):
             "text_channels": text_channels,
             "image_channels": image_channels,
             "adaptive_norm": adaptive_norm,
+            "initial": initial,
         }
         if not channel_multipliers or any(not isinstance(m, int) or m < 1 for m in channel_multipliers):
             raise ValueError(f"channel_multipliers must be one or more whole numbers >= 1; got {channel_multipliers}.")
@@ -144,6 +151,11 @@ class UNet(nn.Module):
 
         self.norm = nn.GroupNorm(groups, width, eps=EPS)
         self.head = conv3x3(width, pixels, near_zero=True)
+        if initial == "torch":
+            for layer in self.modules():
+                if getattr(layer, "near_zero", True) is False:
+                    layer.reset_parameters()
+                    nn.init.zeros_(layer.bias)
 
     @property
     def nothing(self) -> Tensor | None:
@@ -383,6 +395,7 @@ class Upsample(nn.Module):
 
 def initialised(layer: nn.Module, near_zero: bool = False) -> nn.Module:
     """Weights uniform with variance 2 / (fan_in + fan_out), or 1e-10 of it; biases zero."""
+    layer.near_zero = near_zero
     nn.init.xavier_uniform_(layer.weight, gain=1e-5 if near_zero else 1.0)
     nn.init.zeros_(layer.bias)
     return layer

@@ -673,10 +673,27 @@ MUTANTS = {
     ),
     "guidance from the free guess": Mutant(
         "guidance.py",
-        "eps = given.eps + self.weight",
-        "eps = without.eps + self.weight",
+        "eps = given.eps + weight",
+        "eps = self._without(x_t, t).eps + weight",
         "guidance",
         "the other convention of the weight: w for 1 + w",
+    ),
+    "negative condition forgotten": Mutant(
+        "guidance.py", "if self.negative is None:", "if True:", "guidance", "negative prompts do nothing, in silence"
+    ),
+    "gradient of p for that of log p": Mutant(
+        "guidance.py",
+        "log_p = logits.log_softmax(1)",
+        "log_p = logits.softmax(1)",
+        "guidance",
+        "guidance dies where the classifier is sure of another class",
+    ),
+    "classifier's gradient taken for noise": Mutant(
+        "guidance.py",
+        "self.weight * noise * gradient",
+        "self.weight * gradient",
+        "guidance",
+        "a score is eps over the deviation of the noise",
     ),
     "pixels stretched to 256": Mutant(
         "inception.py", "+ 1) * 127.5).round()", "+ 1) * 128).round()", "inception", "white wraps around to black"
@@ -707,6 +724,63 @@ MUTANTS = {
         "+ F.softplus(-self.discriminator(generated))",
         "families",
         "generated points called real in training",
+    ),
+    # inverse.py
+    "gain of a degradation forgotten": Mutant(
+        "inverse.py",
+        "self.transpose(y) / (self.gain + ridge)",
+        "self.transpose(y) / (1 + ridge)",
+        "inverse",
+        "the pseudo-inverse of an average is not its transpose",
+    ),
+    "nothing taken out before y is put in": Mutant(
+        "inverse.py",
+        "+ (x - self.degradation.pseudo_inverse(like))",
+        "+ x",
+        "inverse",
+        "the known part must come from y alone",
+    ),
+    "clean y pasted": Mutant(
+        "inverse.py",
+        'signal", t, x_t) * y + self.schedule.at("noise", t, x_t) * A.forward(z)',
+        'signal", t, x_t) * y',
+        "inverse",
+        "the known part of x_t needs the noise of its step",
+    ),
+    "likelihood without the signal": Mutant(
+        "inverse.py",
+        "prediction.noise**2 / prediction.signal * gradient",
+        "prediction.noise**2 * gradient",
+        "inverse",
+        "Tweedie's formula divides by the signal",
+    ),
+    "data variance ignored": Mutant(
+        "inverse.py",
+        "v * noise**2 / (v * signal**2 + noise**2)",
+        "noise**2 / (signal**2 + noise**2)",
+        "inverse",
+        "the guess is as uncertain as the data vary",
+    ),
+    "noise in y ignored": Mutant(
+        "inverse.py",
+        "return A.forward(covariance) + self.sigma**2 * u",
+        "return A.forward(covariance)",
+        "inverse",
+        "a noisy observation must be trusted less",
+    ),
+    "climb without shrinking": Mutant(
+        "inverse.py",
+        "x = math.sqrt(1 - beta) * x + math.sqrt(beta)",
+        "x = x + math.sqrt(beta)",
+        "inverse",
+        "going up is a step of the forward process",
+    ),
+    "sum of windows": Mutant(
+        "inverse.py",
+        "total / count, x_t",
+        "total, x_t",
+        "inverse",
+        "overlapping predictions are averaged",
     ),
 }
 

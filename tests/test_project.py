@@ -18,7 +18,6 @@ from tools import address, install_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 MB = 1_000_000
-LARGE = {"ddpm_lib/models/scenes.safetensors": 6 * MB}  # 2.9 million weights of two bytes
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 APART = [
@@ -240,7 +239,7 @@ def test_places_on_one_machine_are_seen(bad):
 
 def test_no_file_is_large_and_the_package_stays_small():
     sizes = {path.relative_to(ROOT).as_posix(): path.stat().st_size for path in tracked()}
-    assert {name: size for name, size in sizes.items() if size > LARGE.get(name, 5 * MB)} == {}
+    assert {name: size for name, size in sizes.items() if size > 5 * MB} == {}
     assert sum(size for name, size in sizes.items() if name.startswith("ddpm_lib/")) < 30 * MB
 
 
