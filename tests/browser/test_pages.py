@@ -5,8 +5,7 @@ import re
 import pytest
 from built_book import AXE, HTML, pages
 
-
-# Glyphs of formulas are drawn by style sheets and hold no text; what readers hear is the MathML beside them, which stays.
+# Glyphs of formulas are drawn by style sheets and hold no text; what is read aloud is the MathML beside them.
 WHOLE_PAGE = "{include: [['html']], exclude: [['mjx-math']]}"
 
 
