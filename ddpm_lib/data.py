@@ -70,7 +70,7 @@ def load_images(
     loaders = {"mnist": mnist, "fashion-mnist": fashion_mnist, "cifar10": cifar10}
     drawn = {"digits": digits, "scenes": _scenes}
     if dataset not in drawn | loaders:
-        known = ", ".join([*drawn, *loaders, "image-folder"])
+        known = ", ".join(["digits", *loaders, "scenes", "image-folder"])
         raise ValueError(f"dataset must be one of {known}; got {dataset!r}.")
     images, labels = drawn[dataset](split) if dataset in drawn else loaders[dataset](split, root)
     size = images.shape[-1]

@@ -346,7 +346,7 @@ def test_half_of_a_data_set_is_an_error_and_not_filled_up_from_elsewhere(own, ti
 @pytest.mark.parametrize(
     ("arguments", "given", "allowed"),
     [
-        ({"dataset": "imagenet"}, "'imagenet'", "digits, mnist, fashion-mnist, cifar10, image-folder"),
+        ({"dataset": "imagenet"}, "'imagenet'", "digits, mnist, fashion-mnist, cifar10, scenes, image-folder"),
         ({"dataset": "mnist", "split": "all"}, "'all'", "'train' or 'test'"),
         ({"dataset": "cifar10", "split": "valid"}, "'valid'", "'train' or 'test'"),
         ({"dataset": "digits", "split": "valid"}, "'valid'", "'train', 'test' or 'all'"),
