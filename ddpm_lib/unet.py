@@ -175,10 +175,10 @@ class UNet(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.config["in_channels"]:
             raise ValueError(f"x must have shape (B, {self.config['in_channels']}, H, W); got {tuple(x.shape)}.")
         self._check_size(*x.shape[2:])
-        embedding, text = self.time(steps), None
+        embedding, text = self.time(steps), ()
         if self.text is not None:
-            text = self._checked_text(condition, x)
-            embedding = embedding + self.text(text.mean(1))
+            text = (self._checked_text(condition, x),)
+            embedding = embedding + self.text(text[0].mean(1))
         elif self.config["image_channels"] is not None:
             x = torch.cat([x, self._checked_image(condition, x)], dim=1)
         else:
@@ -186,14 +186,15 @@ class UNet(nn.Module):
         h = self.stem(F.pixel_unshuffle(x, self.config["patch_size"]))
         skips = [h]
         for part in self.down:
-            h = part(h, embedding, text)
+            h = part(h, embedding, *text) if isinstance(part, Stage) else part(h, embedding)
             skips.append(h)
         for part in self.middle:
-            h = part(h, embedding, text)
+            h = part(h, embedding, *text)
         for part in self.up:
             if isinstance(part, Stage):
-                h = torch.cat([h, skips.pop()], dim=1)
-            h = part(h, embedding, text)
+                h = part(torch.cat([h, skips.pop()], dim=1), embedding, *text)
+            else:
+                h = part(h, embedding)
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config["patch_size"])
 
     def _label_embedding(self, label: Tensor | None, x: Tensor) -> Tensor | float:
@@ -378,7 +379,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = initialised(nn.Conv2d(width, width, 3, stride=2))
 
-    def forward(self, x: Tensor, embedding: Tensor, text: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -389,7 +390,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = conv3x3(width, width)
 
-    def forward(self, x: Tensor, embedding: Tensor, text: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 

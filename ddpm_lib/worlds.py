@@ -37,13 +37,14 @@ class GaussianMixture:
         if covariances.shape != (K, d, d):
             raise ValueError(f"covariances must have shape ({K}, {d}, {d}) or ({K},); got {tuple(covariances.shape)}.")
         asymmetry, eigenvalues = float((covariances - covariances.mT).abs().max()), torch.linalg.eigvalsh(covariances)
-        if asymmetry > 0 or eigenvalues.min() < -1e-12 * eigenvalues.abs().max():
+        rounding = 1e-12 * eigenvalues.abs().max()
+        if asymmetry > rounding or eigenvalues.min() < -rounding:
             raise ValueError(
                 "covariances must be symmetric and have no negative eigenvalue; "
                 f"got an asymmetry of {asymmetry:g} and a smallest eigenvalue of {float(eigenvalues.min())}."
             )
         self.weights = self.weights / self.weights.sum()
-        self.covariances = covariances
+        self.covariances = (covariances + covariances.mT) / 2
 
     @classmethod
     def ring(cls, modes: int = 8, radius: float = 1.4, deviation: float = 0.1) -> GaussianMixture:

@@ -41,9 +41,9 @@ SAMPLING = {"steps": 25, "variance": "beta_tilde"}
 LOSS_STEPS = (1, 10, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000)
 
 
-def blank_skip(width: int, part: Stage, inputs: tuple) -> tuple:
-    x, *told = inputs
-    return torch.cat([x[:, :width], torch.zeros_like(x[:, width:])], dim=1), *told
+def blank_skip(width: int, part: Stage, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    x, embedding = inputs
+    return torch.cat([x[:, :width], torch.zeros_like(x[:, width:])], dim=1), embedding
 
 
 class Nothing(nn.Module):

@@ -221,3 +221,12 @@ def test_a_ring_is_even_and_centred():
     torch.testing.assert_close(ring.means.norm(dim=1), torch.full((5,), 2.0, dtype=torch.float64))
     neighbours = (ring.means - ring.means.roll(1, 0)).norm(dim=1)
     torch.testing.assert_close(neighbours, torch.full((5,), 4 * math.sin(math.pi / 5), dtype=torch.float64))
+
+
+def test_a_covariance_that_rounding_made_askew_is_taken():
+    """The product of a matrix and its transpose is symmetric only to rounding on some processors."""
+    covariance = torch.tensor([[1.0, 0.3 + 1e-16], [0.3 - 1e-16, 0.5]], dtype=torch.float64)
+    covariance[0, 1] = torch.nextafter(covariance[0, 1], torch.tensor(1.0, dtype=torch.float64))
+    assert not torch.equal(covariance, covariance.T)
+    found = Gaussian(torch.zeros(2), covariance).covariances[0]
+    assert torch.equal(found, found.T)
