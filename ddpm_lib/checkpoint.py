@@ -128,7 +128,7 @@ def plan_network(options: dict, tensors: int) -> UNet | TextUNet:
             raise ValueError(f"a text encoder of {layers} layers needs more than {tensors} tensors.")
         with torch.device("meta"):
             return _network(options)
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"no network of this library has this configuration: {error}") from error
 
 
@@ -209,9 +209,11 @@ def load_text_encoder(name: str | Path) -> TextEncoder:
     path = Path(name) if Path(name).suffix == ".safetensors" else shipped(str(name))
     config, tensors = read_checkpoint(path, "text encoder")
     try:
+        if config["layers"] > len(tensors):
+            raise ValueError(f"{config['layers']} layers need more than {len(tensors)} tensors.")
         with torch.device("meta"):
             plan = TextEncoder(**config)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"the configuration in {path} does not describe a text encoder: {error}") from error
     check_fit(plan.state_dict(), tensors, str(path))
     encoder = TextEncoder(**plan.config)

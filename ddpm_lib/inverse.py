@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .guidance import Weight
 from .prediction import Prediction
-from .sampling import _normal, step, timesteps
+from .sampling import _normal, _start, step, timesteps
 from .schedule import _positive_int
 
 
@@ -421,12 +421,7 @@ def repaint(
 
     Source: Lugmayr et al. (2022), algorithm 1 (RePaint).
     """
-    if x_T is None:
-        if shape is None:
-            raise ValueError("give the shape of the samples, or the noise x_T to start from.")
-        like = next(denoiser.parameters(), torch.empty(())) if isinstance(denoiser, nn.Module) else torch.empty(())
-        x_T = _normal(tuple(shape), like, generator)
-    x, schedule = x_T, denoiser.schedule
+    x, schedule = _start(denoiser, shape, generator) if x_T is None else x_T, denoiser.schedule
     for t, s in pairwise(repaint_path(schedule.T, steps, jump, resamplings)):
         if s > t:
             beta, _ = schedule.between(s, t)

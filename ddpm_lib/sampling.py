@@ -112,11 +112,7 @@ def sample_steps(
     """
     schedule = denoiser.schedule if schedule is None else schedule
     path = _path(schedule.T, steps)
-    if x_T is None:
-        if shape is None:
-            raise ValueError("give the shape of the samples, or the noise x_T to start from.")
-        like = next(denoiser.parameters(), torch.empty(())) if isinstance(denoiser, nn.Module) else torch.empty(())
-        x_T = _normal(tuple(shape), like, generator)
+    x_T = _start(denoiser, shape, generator) if x_T is None else x_T
     return _walk(denoiser, x_T, path, schedule, eta, variance, clip, condition, generator)
 
 
@@ -143,6 +139,14 @@ def _path(T: int, steps: int | Sequence[int] | None) -> list[int]:
     if len(path) < 2 or path[0] != T or path[-1] != 0 or any(s >= t for t, s in pairwise(path)):
         raise ValueError(f"steps must fall strictly from T = {T} to 0; got {path}.")
     return path
+
+
+def _start(denoiser: Callable, shape: Sequence[int] | None, generator: torch.Generator | None) -> Tensor:
+    """Noise to start from, where the denoiser's weights are."""
+    if shape is None:
+        raise ValueError("give the shape of the samples, or the noise x_T to start from.")
+    like = next(denoiser.parameters(), torch.empty(())) if isinstance(denoiser, nn.Module) else torch.empty(())
+    return _normal(tuple(shape), like, generator)
 
 
 def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -78,7 +78,7 @@ class PretrainedEncoder(nn.Module):
     """A text encoder from the Hugging Face library ``transformers``, with its tokeniser, frozen.
 
     Takes the place of a ``TextEncoder``: a CLIP text model, a T5 encoder or a BERT, as Stable Diffusion and Imagen use.
-    Its weights stay where they are: a checkpoint of a network with it holds its name only.
+    Its weights stay where they are, in safetensors: a checkpoint of a network with it holds its name only.
 
     Args:
         name: a folder with model and tokeniser, or a name on the Hugging Face hub, which is downloaded.
@@ -97,7 +97,7 @@ class PretrainedEncoder(nn.Module):
         self.config = {"name": str(name), "length": length}
         self.length = _positive_int("length", length)
         self.tokeniser = AutoTokenizer.from_pretrained(name)
-        whole = AutoModel.from_pretrained(name, config=AutoConfig.from_pretrained(name))
+        whole = AutoModel.from_pretrained(name, config=AutoConfig.from_pretrained(name), use_safetensors=True)
         model = getattr(whole, "text_model", None) or getattr(whole, "encoder", None)
         has_both = getattr(whole.config, "is_encoder_decoder", False) or hasattr(whole, "text_model")
         model = (model if has_both else whole).eval().requires_grad_(False)

@@ -279,3 +279,13 @@ def test_the_tables_of_one_dtype_do_not_leak_into_another(linear):
     double = linear.q_sample(x.double(), 5, x.double())
     assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
     assert float(double) == pytest.approx(float(linear.signal[5] + linear.noise[5]), rel=1e-15)
+
+
+def test_snr_scale_multiplies_every_signal_to_noise_ratio():
+    """Where beta is not clipped; and the first entry stays the data."""
+    plain, scaled = (Schedule.cosine(1000, snr_scale=scale) for scale in (1.0, 0.25))
+    torch.testing.assert_close(scaled.snr[1:990], 0.25 * plain.snr[1:990], rtol=1e-9, atol=0)
+    assert float(scaled.alpha_bar[0]) == 1
+    assert Schedule.from_config(scaled.config).config == scaled.config
+    with pytest.raises(ValueError, match="snr_scale must be above 0; got 0"):
+        Schedule.cosine(snr_scale=0.0)

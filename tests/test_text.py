@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ddpm_lib import CheckpointError, Denoiser, Guided, Schedule, Trainer, UNet, load_denoiser, sample, save_denoiser
-from ddpm_lib.checkpoint import load_text_encoder, save_text_encoder
+from ddpm_lib.checkpoint import denoiser_config, load_text_encoder, save_text_encoder, write_checkpoint
 from ddpm_lib.text import PretrainedEncoder, TextEncoder, TextUNet
 from ddpm_lib.unet import CrossAttention
 
@@ -152,6 +152,24 @@ def test_a_saved_encoder_reads_as_before_and_a_damaged_one_is_refused(tmp_path):
 def test_what_does_not_fit_is_refused(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+@pytest.mark.parametrize(("field", "value"), [("layers", 10**9), ("layers", "two"), ("width", 6), ("vocabulary", [])])
+def test_an_encoder_with_a_wrong_field_is_refused(field, value, tmp_path):
+    reader = encoder()
+    write_checkpoint(tmp_path / "e.safetensors", "text encoder", reader.config | {field: value}, reader.state_dict())
+    with pytest.raises(CheckpointError, match="does not describe a text encoder"):
+        load_text_encoder(tmp_path / "e.safetensors")
+
+
+def test_a_model_whose_encoder_is_no_encoder_is_refused(tmp_path):
+    model = denoiser()
+    save_denoiser(model, tmp_path / "m.safetensors")
+    config = denoiser_config(model)
+    config["network"] = config["network"] | {"encoder": 5}
+    write_checkpoint(tmp_path / "m.safetensors", "denoiser", config, model.network.state_dict())
+    with pytest.raises(CheckpointError, match="no network of this library"):
+        load_denoiser(tmp_path / "m.safetensors")
 
 
 def test_an_image_beside_the_noisy_one_reaches_the_output():
