@@ -13,10 +13,10 @@ CHAPTERS = $(wildcard book/*.ipynb)
 INPUTS = $(sort $(wildcard ddpm_lib/*.py ddpm_lib/datasets/* ddpm_lib/models/*)) constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test unit chapters browser lint format notebooks mutants colab wheel digits digits-noisy-classifier fashion-mnist scenes address hooks clean
+.PHONY: help book serve test unit chapters browser lint format notebooks mutants colab wheel digits digits-noisy-classifier fashion-mnist fashion-mnist-coarse fashion-mnist-blurred scenes-text scenes scenes-grey address hooks clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-23s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ...")'
@@ -84,8 +84,25 @@ fashion-mnist: $(INSTALLED) ## train the shipped Fashion-MNIST model again (need
 	$(BIN)/python -m ddpm_lib export _build/fashion-mnist ddpm_lib/models/fashion-mnist.safetensors --half
 	$(BIN)/python -m scripts.model_card fashion-mnist
 
+fashion-mnist-coarse: $(INSTALLED) ## train the shipped model for super-resolution again (needs Fashion-MNIST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m ddpm_lib train $@ --folder _build/$@ --device cpu
+	$(BIN)/python -m ddpm_lib export _build/$@ ddpm_lib/models/$@.safetensors --half
+
+fashion-mnist-blurred: $(INSTALLED) ## train the shipped model for deblurring again (needs Fashion-MNIST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m ddpm_lib train $@ --folder _build/$@ --device cpu
+	$(BIN)/python -m ddpm_lib export _build/$@ ddpm_lib/models/$@.safetensors --half
+
 scenes-text: $(INSTALLED) ## train the shipped text encoder again
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.text_encoder ddpm_lib/models/scenes-text.safetensors
+
+scenes: $(INSTALLED) ## train the shipped model of captioned scenes again
+	OMP_NUM_THREADS=1 $(BIN)/python -m ddpm_lib train $@ --folder _build/$@ --device cpu
+	$(BIN)/python -m ddpm_lib export _build/$@ ddpm_lib/models/$@.safetensors --half
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.scenes_results
+
+scenes-grey: $(INSTALLED) ## train the shipped model for colourisation again
+	OMP_NUM_THREADS=1 $(BIN)/python -m ddpm_lib train $@ --folder _build/$@ --device cpu
+	$(BIN)/python -m ddpm_lib export _build/$@ ddpm_lib/models/$@.safetensors --half
 
 address: ## carry the public address everywhere: make address REPOSITORY=owner/name
 	$(PYTHON) -m tools.address $(REPOSITORY)

@@ -5,16 +5,13 @@ from .bound import bound_terms
 from .checkpoint import CheckpointError, load_denoiser, pretrained, save_denoiser
 from .classifier import Classifier, pretrained_classifier
 from .data import cifar10, digits, fashion_mnist, image_folder, load_images, mnist, spiral
+from .degradation import Blur, Downsample, Grey, Mask
 from .download import DataError
 from .guidance import ClassifierGuided, Guided, NoisyClassifier, label_gradient, pretrained_noisy_classifier
 from .interop import diffusers_sampling, from_diffusers, to_diffusers
 from .inverse import (
     DPS,
     MMPS,
-    Blur,
-    Downsample,
-    Grey,
-    Mask,
     NullSpace,
     PiGDM,
     Replacement,

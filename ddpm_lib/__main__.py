@@ -17,6 +17,8 @@ except ImportError:
 from . import plots, run
 from .checkpoint import load_denoiser, pretrained, save_denoiser, write_file
 from .cost import cost
+from .data import picture
+from .degradation import GIVEN, grey
 from .evaluation import evaluate as measure
 from .guidance import Guided
 from .interop import from_diffusers, to_diffusers
@@ -25,7 +27,7 @@ from .prediction import Denoiser
 from .recipe import Recipe, recipe_names
 from .released import PICKLES, from_pytorch_diffusion, is_port
 from .sampling import sample as draw_samples
-from .training import NonFiniteError
+from .training import NonFiniteError, as_floats
 
 Model = Annotated[
     str,
@@ -59,6 +61,8 @@ def sample(
     variance: Literal["beta", "beta_tilde"] = "beta",
     label: int | None = None,
     caption: str | None = None,
+    image: Path | None = None,
+    given: Literal["coarse", "blurred", "grey"] | None = None,
     weight: float = 0.0,
     seed: int = 0,
     device: str = "cpu",
@@ -73,6 +77,8 @@ def sample(
         variance: the larger (beta) or the smaller (beta_tilde) of the paper's two.
         label: the class of all images; by default a class-conditional model draws all classes in turn.
         caption: what all images are to show, for a model with a text encoder.
+        image: a picture to refine or to paint, for a model that is shown a part of each image; cut to a square.
+        given: which part that model is shown: the data.given of its recipe.
         weight: of classifier-free guidance towards label or caption.
         seed: of the noise.
         device: cpu, cuda or mps.
@@ -87,6 +93,12 @@ def sample(
         if "encoder" not in config:
             raise ValueError("this model has no text encoder: leave the caption out.")
         condition = denoiser.network.encoder.tokenise([caption] * number).to(device)
+    elif config["image_channels"] is not None:
+        if image is None or given is None:
+            raise ValueError("this model is shown a part of each image: say which picture with --image and --given.")
+        shown = as_floats(picture(image, config["image_size"]))
+        condition = GIVEN[given](shown if config["in_channels"] == 3 else grey(shown))
+        condition = condition.expand(number, -1, -1, -1).to(device)
     if weight:
         denoiser = Guided(denoiser, weight)
     shape = (number, config["in_channels"], config["image_size"], config["image_size"])
@@ -110,6 +122,7 @@ def evaluate(
     eta: float = 0.0,
     variance: Literal["beta", "beta_tilde"] = "beta",
     weight: float = 0.0,
+    given: Literal["coarse", "blurred", "grey"] | None = None,
     seed: int = 0,
     inception: bool = False,
     device: str = "cpu",
@@ -125,12 +138,13 @@ def evaluate(
         eta: 0 for deterministic DDIM, 1 for ancestral sampling.
         variance: the larger (beta) or the smaller (beta_tilde) of the paper's two.
         weight: of classifier-free guidance.
+        given: what a model is shown that is shown a part of each image: the data.given of its recipe.
         seed: of all noise.
         inception: judge samples by the Inception network (FID, Inception score); needs 'ddpm-lib[inception]'.
         device: cpu, cuda or mps.
         out: write the figures to this JSON file, too.
     """
-    walk = {"steps": steps, "eta": eta, "variance": variance, "weight": weight}
+    walk = {"steps": steps, "eta": eta, "variance": variance, "weight": weight, "given": given}
     denoiser = load_model(model, device)
     figures = measure(denoiser, dataset, root=root, number=number, seed=seed, inception=inception, **walk)
     for name, value in figures.items():

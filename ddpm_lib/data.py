@@ -173,6 +173,18 @@ def image_folder(folder: str | Path, image_size: int) -> tuple[Tensor, Tensor | 
     return images, torch.tensor([number[name.partition("/")[0]] for name in names])
 
 
+def picture(path: str | Path, image_size: int) -> Tensor:
+    """One picture, (1, 3, size, size) uint8, resized and cut out as those of an ``image_folder``.
+
+    Raises:
+        DataError: it is absent, damaged or has more than 8 bits per channel.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"there is no picture {path}.")
+    size = _positive_int("image_size", image_size)
+    return torch.from_numpy(_read_picture(Path(path), size, None)).permute(2, 0, 1)[None]
+
+
 def spiral(n: int, generator: torch.Generator | None = None) -> Tensor:
     """n points (n, 2) on a spiral of one and a half turns, with zero mean and unit variances (for n to infinity)."""
     angle = 3 * torch.pi * torch.rand(n, generator=generator).sqrt()

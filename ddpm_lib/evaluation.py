@@ -10,6 +10,7 @@ from torch import Tensor
 from .checkpoint import shipped_names
 from .classifier import Classifier, pretrained_classifier
 from .data import load_images
+from .degradation import GIVEN
 from .guidance import Guided
 from .inception import Inception
 from .loss import simple_loss
@@ -17,6 +18,7 @@ from .metrics import frechet_distance, inception_score, precision_recall
 from .prediction import Denoiser
 from .sampling import sample
 from .scene_reader import satisfies
+from .training import as_floats
 
 BATCH = 250
 REFERENCES = 10_000  # training images that samples are compared with
@@ -32,6 +34,7 @@ def evaluate(
     eta: float = 0.0,
     variance: str = "beta",
     weight: float = 0.0,
+    given: str | None = None,
     seed: int = 0,
     inception: bool = False,
 ) -> dict[str, float]:
@@ -42,6 +45,8 @@ def evaluate(
     precision and recall. From the classifier that the package ships for a data set, for a class-conditional model
     also the share of samples that it reads as the class asked for, and of held-out images that it reads right. For a
     model that draws captions of scenes, the share of samples that show their whole caption, and of held-out images.
+    For a model that is shown a part of each image, the peak signal-to-noise ratio of its samples, one for each held-out
+    image, in decibels.
 
     Args:
         denoiser: on any device; the work is done there.
@@ -49,6 +54,7 @@ def evaluate(
         number: of samples, and of held-out images where there are so many.
         steps, eta, variance: of the sampler, as for ``sample_steps``.
         weight: of classifier-free guidance, as for ``Guided``; 0 for none.
+        given: a key of ``ddpm_lib.degradation.GIVEN``, for a model that is shown a part of each image.
         seed: of steps, noise and samples.
         inception: judge by ``Inception`` instead, against all training images: the Frechet distance is then the FID,
             which is comparable with published ones at ``number`` 50,000. Also gives the Inception score. Where there
@@ -58,11 +64,13 @@ def evaluate(
     device = next(denoiser.parameters()).device
     size = denoiser.network.config["image_size"]
     images, labels = load_images(dataset, split, root=root, image_size=size)
-    images = _floats(images[:number]).to(device)
+    images = as_floats(images[:number]).to(device)
     classes = denoiser.network.config["classes"]
     captions = labels[:number] if dataset == "scenes" and "encoder" in denoiser.network.config else None
     if captions is not None:
         conditions = denoiser.network.encoder.tokenise(captions).to(device)
+    elif given is not None:
+        conditions = GIVEN[given](images)
     else:
         conditions = None if classes is None else labels[:number].to(device)
     figures = _losses(denoiser, images, conditions, seed)
@@ -72,6 +80,10 @@ def evaluate(
         drawn = _draw(walker, images.shape, conditions, seed, **walk)
         figures["captions shown, samples"] = _share_shown(drawn, captions)
         figures["captions shown, held-out"] = _share_shown(images, captions)
+        return figures
+    if given is not None:
+        drawn = _draw(walker, images.shape, conditions, seed, **walk)
+        figures["PSNR, samples"] = float(10 * torch.log10(4 / (drawn - images).square().flatten(1).mean(1)).mean())
         return figures
     if inception:
         judge = Inception().to(device)
@@ -133,12 +145,8 @@ def _losses(denoiser: Denoiser, images: Tensor, labels: Tensor | None, seed: int
 @torch.no_grad()
 def _features(judge: Classifier | Inception, images: Tensor) -> Tensor:
     device = next(judge.parameters()).device
-    return torch.cat([judge.features(_floats(x.to(device))) for x in images.split(BATCH)])
+    return torch.cat([judge.features(as_floats(x.to(device))) for x in images.split(BATCH)])
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(1) == labels).double().mean())
-
-
-def _floats(images: Tensor) -> Tensor:
-    return images / 127.5 - 1 if images.dtype == torch.uint8 else images

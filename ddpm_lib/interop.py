@@ -125,6 +125,8 @@ def _unet_config(config: dict) -> dict:
         )
     if config["text_channels"] is not None or config["image_channels"] is not None:
         raise ValueError("diffusers' UNet2DModel is told what to draw by a class only, not by a text or an image.")
+    if config["lean"]:
+        raise ValueError("diffusers' UNet2DModel is not lean: it has one block more on the way up than down.")
     if config["adaptive_norm"]:
         raise ValueError("diffusers' UNet2DModel has no such network: its adaptive norm lacks one in the middle block.")
     if base == 2:
@@ -303,7 +305,7 @@ def _unet_options(config: dict, where: str) -> dict:
     same = {"attn_norm_num_groups": groups, "time_embedding_dim": 4 * widths[0], "act_fn": "swish", "sample_size": size}
     same |= {"attention_head_dim": widths[-1]} if len(attending) == 1 else {}
     written = _unet_config(
-        options | dict.fromkeys(("text_channels", "image_channels", "adaptive_norm")) | {"patch_size": 1}
+        options | dict.fromkeys(("text_channels", "image_channels", "adaptive_norm", "lean")) | {"patch_size": 1}
     )
     config = config | {key: written[key] for key, value in same.items() if config.get(key) == value}
     _demand(config, written, where)

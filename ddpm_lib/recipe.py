@@ -8,7 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from .checkpoint import load_text_encoder
+from .degradation import GIVEN
 from .prediction import Denoiser
 from .schedule import Schedule
 from .text import TextUNet
@@ -25,6 +28,8 @@ class Data:
     """Mirror images at random, half of the time."""
     text_encoder: str | None = None
     """What reads the captions, for a model that draws what they say: a shipped text encoder, or the file of one."""
+    given: Literal["coarse", "blurred", "grey"] | None = None
+    """What is seen of each image, for a model that draws images of which this is seen (``ddpm_lib.degradation``)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Network:
     """Side of the squares of pixels that the network works on as one place."""
     adaptive_norm: bool = False
     """Let the embedding scale and shift what each block has normalised."""
+    lean: bool = False
+    """A cheaper way down and up, for small networks on a CPU."""
     initial: Literal["paper", "torch"] = "paper"
     """Size of the first weights: the paper's, or PyTorch's own, which are smaller."""
 
@@ -74,13 +81,15 @@ class Training:
     batch_size: int
     """Images per step, over all processes."""
     learning_rate: float
-    """Of Adam."""
+    """Of Adam, or of Muon in Adam's measure."""
     warmup: int
     """Steps over which the learning rate rises from 0."""
     ema_decay: float
     """Of the moving average of the weights."""
     decay_steps: int | None = None
     """The learning rate falls linearly to 2% at this step."""
+    optimiser: Literal["adam", "muon"] = "adam"
+    """What turns gradients into steps."""
     ema_warmup: bool = True
     """Let the average forget the random start."""
     beta_2: float = 0.999
@@ -147,6 +156,10 @@ class Recipe:
         if self.noise.snr_scale != 1:
             config["snr_scale"] = self.noise.snr_scale
         options = asdict(self.network)
+        if self.data.given is not None:
+            size = self.network.image_size
+            seen = GIVEN[self.data.given](torch.zeros(1, self.network.in_channels, size, size))
+            options["image_channels"] = seen.shape[1]
         if self.data.text_encoder is None:
             network = UNet(**options)
         else:

@@ -24,10 +24,11 @@ from tqdm import tqdm
 from . import plots
 from .checkpoint import CheckpointError, load_denoiser, write_file
 from .data import load_images
+from .degradation import GIVEN
 from .prediction import Denoiser
 from .recipe import Recipe
 from .sampling import sample
-from .training import Trainer, TrainStep, best_device
+from .training import Trainer, TrainStep, as_floats, best_device
 
 KEPT = 2  # checkpoints
 
@@ -78,9 +79,11 @@ def build(recipe: Recipe, device: torch.device) -> Trainer:
     return Trainer(denoiser, images, conditions, **recipe.trainer_options(), device=device)
 
 
-def _conditions(recipe: Recipe, denoiser: Denoiser, labels: Tensor | list[str] | None) -> Tensor | None:
-    """What the network is told about each image: the labels, or the tokens of the captions."""
+def _conditions(recipe: Recipe, denoiser: Denoiser, labels: Tensor | list[str] | None) -> Tensor | Callable | None:
+    """What the network is told about each image: the labels, the tokens of the captions, or what is seen of it."""
     dataset, classes = recipe.data.dataset, recipe.network.classes
+    if recipe.data.given is not None:
+        return GIVEN[recipe.data.given]
     if recipe.data.text_encoder is not None:
         if not isinstance(labels, list):
             raise RunError(f"the recipe has a text_encoder, but {dataset} has no captions.")
@@ -152,9 +155,13 @@ def draw(trainer: Trainer, recipe: Recipe, folder: Path) -> None:
     """A sheet of samples of the averaged model: always from the same noise, so that sheets can be compared."""
     classes = recipe.network.classes
     number = 64 if classes is None else classes * max(1, 64 // classes)
-    condition = None if trainer.conditions is None else trainer.conditions[:number]
+    condition = trainer.conditions
     if classes is not None:
         condition = torch.arange(number, device=trainer.device) % classes
+    elif condition is not None:
+        number = min(number, len(trainer.images))
+        some = trainer.images[:number]
+        condition = condition(as_floats(some)) if callable(condition) else condition[:number]
     size = recipe.network.image_size
     noise = torch.randn(number, recipe.network.in_channels, size, size, generator=torch.Generator().manual_seed(0))
     with trainer.autocast:

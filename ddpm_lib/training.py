@@ -18,9 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import CheckpointError, check_fit, denoiser_config, read_checkpoint, write_checkpoint
 from .loss import simple_loss
+from .muon import Muon
 from .prediction import Denoiser
 from .schedule import _positive_int
 
+OPTIMISERS = ("adam", "muon")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 LOOK_EVERY = 100  # steps between two looks at whether the numbers are still finite: a look waits for the device
 
@@ -73,7 +75,8 @@ class Trainer:
             images (B, C, H, W) of a batch.
         batch_size: images per step, over all processes.
         accumulate: parts in which a process works through its share of a batch, to save memory.
-        learning_rate, beta_2: of Adam.
+        optimiser: 'adam' or 'muon' (see ``Muon``).
+        learning_rate, beta_2: of Adam; Muon's learning rate means the same.
         warmup: steps over which the learning rate rises linearly from 0.
         decay_steps: if given, the learning rate falls linearly to 2% at this step, and stays there.
         ema_decay: weight of the old average in the moving average of weights.
@@ -101,6 +104,7 @@ class Trainer:
         *,
         batch_size: int = 128,
         accumulate: int = 1,
+        optimiser: str = "adam",
         learning_rate: float = 2e-4,
         beta_2: float = 0.999,
         warmup: int = 5000,
@@ -136,12 +140,15 @@ class Trainer:
                 raise ValueError(f"{name} must lie in [0, 1); got {value}.")
         if not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed must be a whole number, 0 or more; got {seed!r}.")
+        if optimiser not in OPTIMISERS:
+            raise ValueError(f"optimiser must be one of {', '.join(OPTIMISERS)}; got {optimiser!r}.")
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}.")
         if nonfinite not in ("stop", "skip"):
             raise ValueError(f"nonfinite must be 'stop' or 'skip'; got {nonfinite!r}.")
         self.options = {
             "batch_size": batch_size,
+            "optimiser": optimiser,
             "learning_rate": learning_rate,
             "beta_2": beta_2,
             "warmup": warmup,
@@ -174,9 +181,11 @@ class Trainer:
         self.parameters, self.averages = zip(
             *((p, average) for p, average in zip(denoiser.parameters(), self.ema.parameters()) if p.requires_grad)
         )
-        self.optimiser = torch.optim.Adam(
-            self.parameters, lr=learning_rate, betas=(0.9, beta_2), fused=self.device.type != "mps"
-        )
+        rates = {"lr": learning_rate, "betas": (0.9, beta_2)}
+        if optimiser == "muon":
+            self.optimiser = Muon(self.parameters, **rates)
+        else:
+            self.optimiser = torch.optim.Adam(self.parameters, **rates, fused=self.device.type != "mps")
         self.step = 0
         self.first_bad = torch.zeros((), dtype=torch.long, device=self.device)  # the first non-finite step, or 0
 
@@ -240,7 +249,7 @@ class Trainer:
         if self.scaler.is_enabled():  # it leaves out non-finite steps itself, and then lowers its scale
             self.scaler.step(self.optimiser)
             self.scaler.update()
-        elif self.optimiser.defaults["fused"]:
+        elif self.optimiser.defaults.get("fused"):
             self.optimiser.found_inf = (~grad_norm.isfinite()).float()  # Adam leaves out the step if this is 1
             self.optimiser.step()
         elif grad_norm.isfinite():
@@ -280,10 +289,7 @@ class Trainer:
         place = np.arange(self.step * size, (self.step + 1) * size)
         index = np.array([_order(self.options["seed"], p // total, total)[p % total] for p in place])
         index = torch.from_numpy(index).to(self.device, non_blocking=True)
-        x0 = self.images[index]
-        if x0.dtype == torch.uint8:
-            x0 = x0 / 127.5 - 1
-        x0 = x0.float()
+        x0 = as_floats(self.images[index])
         condition = self._drop_conditions(index)
         t = torch.randint(1, self.denoiser.schedule.T + 1, (size,), device=self.device)
         eps = torch.randn_like(x0)
@@ -325,12 +331,18 @@ class Trainer:
         }
         write_checkpoint(path, "training", config, self._tensors(self.optimiser.state_dict()["state"]))
 
-    def _tensors(self, adam: dict[int, dict]) -> dict[str, Tensor]:
-        """What a checkpoint holds, by the names there, with this state of Adam."""
+    def _tensors(self, state: dict[int, dict]) -> dict[str, Tensor]:
+        """What a checkpoint holds, by the names there, with this state of the optimiser."""
         tensors = {f"network.{k}": v for k, v in self.denoiser.network.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.network.state_dict().items()}
-        tensors |= {f"adam.{i}.{k}": v for i, state in adam.items() for k, v in state.items()}
+        tensors |= {f"optimiser.{i}.{k}": v for i, values in state.items() for k, v in values.items()}
         return tensors | {f"scaler.{k}": torch.tensor(v) for k, v in self.scaler.state_dict().items()}
+
+    def _state_like(self, p: Tensor) -> dict[str, Tensor]:
+        """What the optimiser keeps for a parameter, in shape."""
+        if isinstance(self.optimiser, Muon) and p.ndim > 1:
+            return {"momentum": p}
+        return {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
 
     def resume(self, path: str | Path) -> None:
         """Go back to the state that ``save`` wrote.
@@ -347,17 +359,17 @@ class Trainer:
         step = config.get("step")
         if type(step) is not int or step < 0:
             raise CheckpointError(f"{path} is damaged: its step is {step!r}.")
-        moments = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(self.parameters)}
-        has_moments = any(name.startswith("adam.") for name in tensors)  # there are none before the first step
-        check_fit(self._tensors(moments if has_moments else {}), tensors, str(path))
-        parts: dict[str, dict] = {"network": {}, "ema": {}, "adam": {}, "scaler": {}}
+        has_state = any(name.startswith("optimiser.") for name in tensors)  # there is none before the first step
+        expected = {i: self._state_like(p) for i, p in enumerate(self.parameters)} if has_state else {}
+        check_fit(self._tensors(expected), tensors, str(path))
+        parts: dict[str, dict] = {"network": {}, "ema": {}, "optimiser": {}, "scaler": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
         self.denoiser.network.load_state_dict(parts["network"])
         self.ema.network.load_state_dict(parts["ema"])
         state: dict[int, dict] = {}
-        for name, tensor in parts["adam"].items():
+        for name, tensor in parts["optimiser"].items():
             i, _, entry = name.partition(".")
             like = self.parameters[int(i)]
             if tensor.shape == like.shape:  # Adam's fused kernel wants its memory laid out as the weights are
@@ -392,6 +404,11 @@ def check_images(images: Tensor) -> None:
     low, high = float(images.min()), float(images.max())
     if not (low >= -1 and high <= 1):
         raise ValueError(f"images must lie in [-1, 1]; got values from {low:g} to {high:g}.")
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """Images of bytes, or of floats of any size, as float32 in [-1, 1]."""
+    return (images / 127.5 - 1 if images.dtype == torch.uint8 else images).float()
 
 
 def best_device() -> torch.device:

@@ -725,9 +725,24 @@ MUTANTS = {
         "families",
         "generated points called real in training",
     ),
-    # inverse.py
+    # muon.py
+    "no look ahead": Mutant(
+        "muon.py",
+        'p.grad.lerp(mean, group["momentum"])',
+        "mean.clone()",
+        "muon",
+        "the step looks ahead by Nesterov's rule",
+    ),
+    "step as long as the short side": Mutant(
+        "muon.py",
+        "0.2 * max(ahead.shape)",
+        "0.2 * min(ahead.shape)",
+        "muon",
+        "the step must be as long as one of Adam's",
+    ),
+    # degradation.py and inverse.py
     "gain of a degradation forgotten": Mutant(
-        "inverse.py",
+        "degradation.py",
         "self.transpose(y) / (self.gain + ridge)",
         "self.transpose(y) / (1 + ridge)",
         "inverse",

@@ -15,6 +15,7 @@ from tiny_models import tiny_denoiser
 
 from ddpm_lib import Schedule, load_denoiser, pretrained, run, save_denoiser
 from ddpm_lib.__main__ import load_model, main
+from ddpm_lib.degradation import GIVEN
 from ddpm_lib.interop import diffusers_sampling, from_diffusers, to_diffusers
 from ddpm_lib.names import names
 from ddpm_lib.recipe import Recipe, recipe_names
@@ -81,29 +82,38 @@ def test_a_recipe_from_the_first_step_to_the_export(name, data, tmp_path, capsys
     assert [line["step"] for line in lines] == list(range(1, reached + 4))
     assert (folder / "samples" / f"step-{reached + 3:09}.png").read_bytes().startswith(b"\x89PNG")
 
-    said(capsys, "sample", folder, "--out", tmp_path / "sheet.png", "--number", 4, "--steps", 2)
+    given = Recipe.load(str(folder / "recipe.toml")).data.given
+    shown = ["--given", given] if given else []
+    of_picture = ["--image", folder / "samples" / f"step-{reached + 3:09}.png"] if given else []
+    said(capsys, "sample", folder, "--out", tmp_path / "sheet.png", "--number", 4, "--steps", 2, *shown, *of_picture)
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
     recipe = Recipe.load(str(folder / "recipe.toml"))
     dataset, root = recipe.data.dataset, recipe.data.root
     options = [] if root is None else ["--root", root]
-    told = said(capsys, "evaluate", folder, dataset, *options, "--number", 10, "--steps", 2)
+    told = said(capsys, "evaluate", folder, dataset, *options, "--number", 10, "--steps", 2, *shown)
     assert "loss on held-out images, t = 31 to 40" in told
-    assert ("label accuracy, samples" in told) == (dataset in ("digits", "fashion-mnist"))
-    assert ("captions shown, samples" in told) == (dataset == "scenes")
+    assert ("label accuracy, samples" in told) == (dataset in ("digits", "fashion-mnist") and not given)
+    assert ("captions shown, samples" in told) == (dataset == "scenes" and not given)
+    assert ("PSNR, samples" in told) == bool(given)
 
     others = {"model.safetensors": load_denoiser}
-    if recipe.network.patch_size == 1 and recipe.data.text_encoder is None:
+    plain = recipe.network.patch_size == 1 and not recipe.network.lean
+    if plain and recipe.data.text_encoder is None:
         others["folder"] = from_diffusers
     else:
-        with pytest.raises(SystemExit, match=r"diffusers' UNet2DModel (has no patches|is told what to draw)"):
+        with pytest.raises(
+            SystemExit, match=r"diffusers' UNet2DModel (has no patches|is told what to draw)"
+        ):
             main(["export", str(folder), str(tmp_path / "folder")])
     x, t = torch.randn(2, *shape(recipe)), torch.tensor([1, 40])
     ours = run.load_run(folder)
+    seen = [GIVEN[given](x)] if given else []
     for target, read in others.items():
         said(capsys, "export", folder, tmp_path / target)
         with torch.no_grad():
-            torch.testing.assert_close(read(tmp_path / target)(x, t).eps, ours(x, t).eps, rtol=0, atol=0)
+            exported = read(tmp_path / target)
+            torch.testing.assert_close(exported(x, t, *seen).eps, ours(x, t, *seen).eps, rtol=0, atol=0)
     assert f"{sum(p.numel() for p in ours.parameters()):,}" in said(capsys, "info", folder)
 
 

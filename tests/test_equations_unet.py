@@ -84,7 +84,7 @@ def test_receptive_field_is_where_the_gradient_is_not_zero(seed):
 
 @pytest.mark.equation("eq-unet-downsample")
 def test_halving_reads_two_i_to_two_i_plus_two():
-    part = draw_parameters(Downsample(1)).double()
+    part = draw_parameters(Downsample(1, 1)).double()
     x = torch.randn(1, 1, 6, 6, dtype=torch.float64)
     padded = np.zeros((7, 7))
     padded[:6, :6] = x[0, 0]

@@ -17,7 +17,8 @@ def parameters(recipe):
 
 
 def test_the_recipes_of_the_issue_are_there():
-    expected = ["celebahq-256", "cifar10", "digits", "fashion-mnist", "image-folder", "lsun-256", "mnist", "scenes"]
+    expected = ["celebahq-256", "cifar10", "digits", "fashion-mnist", "fashion-mnist-blurred", "fashion-mnist-coarse"]
+    expected += ["image-folder", "lsun-256", "mnist", "scenes", "scenes-grey"]
     assert recipe_names() == expected
 
 

@@ -229,3 +229,34 @@ def test_what_the_recipe_says_of_the_images_must_fit():
     wrong = replace(recipe(), network=replace(recipe().network, in_channels=3))
     with pytest.raises(run.RunError, match="shape \\(1, 8, 8\\); the recipe's network takes \\(3, 8, 8\\)"):
         run.build(wrong, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("given", ["blurred", "coarse"])
+def test_a_network_shown_a_part_of_each_image_trains_stops_and_goes_on_to_the_same_bits(given, tmp_path):
+    plain = recipe(4)
+    shown = replace(plain, data=Data("digits", given=given), network=replace(plain.network, classes=None))
+    half = replace(shown, training=replace(shown.training, steps=2))
+    run.train(shown, tmp_path / "whole", device="cpu")
+    run.train(half, tmp_path / "parts", device="cpu")
+    run.train(shown, tmp_path / "parts", device="cpu")
+    whole, parts = (newest_bits(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[1][name], parts[1][name]) for name in whole[1])
+    assert run.load_run(tmp_path / "whole").network.config["image_channels"] == 1
+    assert len(list((tmp_path / "whole" / "samples").glob("*.png"))) == 1
+
+
+def test_a_network_is_shown_what_the_recipe_names():
+    """The gradient of a step is that of the loss on the degraded batch, taken here by hand."""
+    plain = recipe(1)
+    shown = replace(plain, data=Data("digits", given="coarse"), network=replace(plain.network, classes=None))
+    trainer = run.build(shown, torch.device("cpu"))
+    seen = []
+    trainer.denoiser.network.register_forward_pre_hook(lambda network, given: seen.append(given))
+    next(trainer.run(1))
+    ((_, _, condition),) = seen
+    images = trainer.images
+    means = images.unfold(2, 4, 4).unfold(3, 4, 4).mean((4, 5)).flatten(1)
+    inside = torch.nn.functional.avg_pool2d(condition, 4).flatten(1)  # near the means: the interpolation smooths
+    assert condition.shape == (8, 1, 8, 8)
+    nearest = torch.cdist(inside, means).min(1).values
+    assert (nearest < torch.cdist(means, means).median() / 3).all()

@@ -30,11 +30,11 @@ def run(trainer: Trainer, steps: int) -> list:
 
 
 def bits(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Everything that training changes: network, average, Adam's moments and counts."""
+    """Everything that training changes: network, average, the optimiser's moments and counts."""
     state = {f"network.{k}": v.clone() for k, v in trainer.denoiser.state_dict().items()}
     state |= {f"ema.{k}": v.clone() for k, v in trainer.ema.state_dict().items()}
     for i, moments in trainer.optimiser.state_dict()["state"].items():
-        state |= {f"adam.{i}.{k}": v.clone() for k, v in moments.items()}
+        state |= {f"optimiser.{i}.{k}": v.clone() for k, v in moments.items()}
     return state
 
 
@@ -62,6 +62,7 @@ EVERYTHING = {"labels": True, "dropout": 0.3, "condition_dropout": 0.4, "decay_s
         {"precision": "bfloat16", "dropout": 0.1, "batch_size": 25},
         {"precision": "float16", "dropout": 0.1, "flip": True},
         {"accumulate": 2, "dropout": 0.3, "channels_last": True},
+        {"optimiser": "muon", "dropout": 0.3},
     ],
     ids=[
         "plain",
@@ -70,6 +71,7 @@ EVERYTHING = {"labels": True, "dropout": 0.3, "condition_dropout": 0.4, "decay_s
         "bfloat16, batch over two epochs",
         "float16 with its scale, mirrored",
         "in two parts, channels last",
+        "Muon",
     ],
 )
 @pytest.mark.parametrize("n", [1, 5])

@@ -178,7 +178,7 @@ def test_attention_with_large_logits_does_not_overflow_in_half_precision():
 
 
 def test_downsampling_pads_right_and_bottom():
-    part = Downsample(1)
+    part = Downsample(1, 1)
     with torch.no_grad():
         part.conv.weight.copy_(torch.tensor([[[[1.0, 2, 4], [8, 16, 32], [64, 128, 256]]]]))
     x = torch.zeros(1, 1, 4, 4)
@@ -212,6 +212,35 @@ def test_residual_block_adds_the_embedding_between_its_convolutions():
         shortcut = torch.einsum("oc,bchw->bohw", part.shortcut.weight[:, :, 0, 0], x)
         expected = h + shortcut + part.shortcut.bias[:, None, None]
         torch.testing.assert_close(part(x, embedding), expected, rtol=0, atol=1e-12)
+
+
+def test_a_lean_network_goes_down_and_up_in_as_many_blocks():
+    """Each block on the way up gets what its twin on the way down gave, the last first; nothing else is kept."""
+    torch.manual_seed(0)
+    options = {"channel_multipliers": (1, 2, 3), "blocks_per_level": 2, "attention_resolutions": (), "dropout": 0.0}
+    unet = UNet(image_size=8, in_channels=3, base_channels=4, groups=2, lean=True, **options)
+    for parameter in unet.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 70])
+    e, d, u = unet.time(t), list(unet.down), list(unet.up)
+    h = unet.stem(x)
+    h = a = d[0](h, e)
+    h = b = d[1](h, e)
+    h = F.conv2d(F.pad(h, (0, 1, 0, 1)), d[2].conv.weight, d[2].conv.bias, stride=2)
+    h = c = d[3](h, e)
+    h = f = d[4](h, e)
+    h = F.conv2d(F.pad(h, (0, 1, 0, 1)), d[5].conv.weight, d[5].conv.bias, stride=2)
+    h = g = d[6](h, e)
+    h = k = d[7](h, e)
+    h = unet.middle[1](unet.middle[0](h, e), e)
+    h = u[1](torch.cat([u[0](torch.cat([h, k], 1), e), g], 1), e)
+    h = F.conv2d(h, u[2].conv.weight, u[2].conv.bias).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    h = u[4](torch.cat([u[3](torch.cat([h, f], 1), e), c], 1), e)
+    h = F.conv2d(h, u[5].conv.weight, u[5].conv.bias).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    h = u[7](torch.cat([u[6](torch.cat([h, b], 1), e), a], 1), e)
+    expected = unet.head(F.silu(unet.norm(h)))
+    assert (len(d), len(u)) == (8, 8)
+    torch.testing.assert_close(unet(x, t), expected)
 
 
 def test_an_adaptive_norm_is_that_of_diffusers():
