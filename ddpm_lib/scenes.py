@@ -21,13 +21,13 @@ SIDE = 32
 MARGIN = 0.5  # between an object and the frame
 GAP = 2.0  # at least, between two objects
 RADII = {"small": 3.4, "large": 5.5}
-COLOURS = {
-    "red": (214, 39, 40),
+COLOURS = {  # red, green, blue and purple are equally light: their luma is 98 of 255
+    "red": (224, 44, 46),
     "orange": (247, 130, 15),
     "yellow": (250, 214, 50),
-    "green": (0, 150, 90),
-    "blue": (45, 115, 225),
-    "purple": (150, 55, 185),
+    "green": (0, 150, 88),
+    "blue": (38, 104, 225),
+    "purple": (150, 55, 184),
     "pink": (255, 150, 200),
     "white": (250, 250, 250),
 }
