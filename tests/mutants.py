@@ -272,7 +272,11 @@ MUTANTS = {
         "unet.py", "self.out(attend(q, k, v)", "self.out(attend(k, q, v)", "unet", "who asks and who answers"
     ),
     "doubling by interpolation": Mutant(
-        "unet.py", 'mode="nearest"', 'mode="bilinear"', "equations_unet", "other code bases do this"
+        "unet.py",
+        'self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))',
+        'self.conv(F.interpolate(x, scale_factor=2.0, mode="bilinear"))',
+        "equations_unet",
+        "other code bases do this",
     ),
     "label not told": Mutant(
         "unet.py",
@@ -326,8 +330,8 @@ MUTANTS = {
     ),
     "bytes divided by 128": Mutant(
         "training.py",
-        "x0 / 127.5 - 1",
-        "x0 / 128 - 1",
+        "images / 127.5 - 1",
+        "images / 128 - 1",
         "training",
         "white is not 1",
     ),
@@ -471,7 +475,7 @@ MUTANTS = {
     ),
     "Adam's state not looked at": Mutant(
         "training.py",
-        "        check_fit(self._tensors(moments if has_moments else {}), tensors, str(path))\n",
+        "        check_fit(self._tensors(expected), tensors, str(path))\n",
         "",
         "checkpoint",
         "a missing moment would start anew, a misshaped one break the next step",
