@@ -102,9 +102,7 @@ def test_a_recipe_from_the_first_step_to_the_export(name, data, tmp_path, capsys
     if plain and recipe.data.text_encoder is None:
         others["folder"] = from_diffusers
     else:
-        with pytest.raises(
-            SystemExit, match=r"diffusers' UNet2DModel (has no patches|is told what to draw)"
-        ):
+        with pytest.raises(SystemExit, match=r"diffusers' UNet2DModel (has no patches|is told what to draw)"):
             main(["export", str(folder), str(tmp_path / "folder")])
     x, t = torch.randn(2, *shape(recipe)), torch.tensor([1, 40])
     ours = run.load_run(folder)
