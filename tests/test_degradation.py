@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from torch import nn
 
+from ddpm_lib import Denoiser, Schedule, digits
 from ddpm_lib.degradation import GIVEN, blurred, coarse, enlarge, grey
+from ddpm_lib.evaluation import evaluate
 
 IMAGES = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
 
@@ -56,3 +59,24 @@ def test_a_grey_image_is_the_luma():
 def test_a_white_image_stays_white(name):
     seen = GIVEN[name](torch.ones(1, 3, 8, 8))
     torch.testing.assert_close(seen, torch.ones(1, 1 if name == "grey" else 3, 8, 8))
+
+
+class Black(nn.Module):
+    """A network that answers a black image to everything."""
+
+    config = {"image_size": 8, "classes": None, "image_channels": 1}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, steps, condition):
+        assert condition.shape == x.shape
+        return torch.full_like(x, -1.0)
+
+
+def test_the_psnr_of_black_answers_is_that_of_black():
+    """Of each held-out image against black, in decibels; then the mean."""
+    figures = evaluate(Denoiser(Black(), Schedule.cosine(20), "x0"), "digits", number=30, steps=2, given="coarse")
+    errors = [np.sqrt(np.mean((image.numpy() + 1) ** 2)) for image in digits("test")[0][:30]]
+    assert figures["PSNR, samples"] == pytest.approx(np.mean([20 * np.log10(2 / error) for error in errors]), abs=1e-4)
