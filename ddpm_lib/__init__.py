@@ -19,7 +19,7 @@ from .inverse import (
     repaint,
     repaint_path,
 )
-from .loss import simple_loss
+from .loss import capped_loss, simple_loss
 from .metrics import frechet_distance, inception_score, kernel_distance, precision_recall, sliced_wasserstein
 from .onnx import export_onnx
 from .prediction import Denoiser, Prediction
@@ -60,6 +60,7 @@ __all__ = [
     "Windows",
     "best_device",
     "bound_terms",
+    "capped_loss",
     "cifar10",
     "diffusers_sampling",
     "digits",

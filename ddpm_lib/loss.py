@@ -1,4 +1,4 @@
-"""The simple loss of the paper."""
+"""What training makes small: the simple loss of the paper, and one that caps the weight of the lowest noise."""
 
 from torch import Tensor
 
@@ -19,3 +19,17 @@ def simple_loss(
     truth = Prediction(x_t, x0, eps, guess.signal, guess.noise)
     error = getattr(guess, denoiser.predicts) - getattr(truth, denoiser.predicts)
     return error.square().flatten(1).mean(1)
+
+
+def capped_loss(
+    denoiser: Denoiser, x0: Tensor, t: int | Tensor, eps: Tensor, condition: Tensor | None = None, *, cap: float
+) -> Tensor:
+    """Squared error of the network's x0 times min(SNR + 1, cap), one number per image: shape (B,), mean over entries.
+
+    Without a cap this is the squared error of v, whatever the network predicts. SNR + 1 is 1 / noise^2.
+
+    Source: Salimans and Ho (2022), section 4, for SNR + 1; Hang et al. (2023), section 3.4, for a cap.
+    """
+    guess = denoiser(denoiser.schedule.q_sample(x0, t, eps), t, condition)
+    weight = guess.noise.square().reciprocal().clamp(max=cap)
+    return (weight * (guess.x0 - x0).square()).flatten(1).mean(1)

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import CheckpointError, check_fit, denoiser_config, read_checkpoint, write_checkpoint
-from .loss import simple_loss
+from .loss import capped_loss, simple_loss
 from .muon import Muon
 from .prediction import Denoiser
 from .schedule import _positive_int
@@ -85,6 +85,7 @@ class Trainer:
         clip_norm: the gradient is scaled down to this norm if it is longer.
         condition_dropout: share of labels or captions replaced by none, for classifier-free guidance.
         flip: mirror each image with probability one half.
+        weight_cap: None for the paper's simple loss, else the cap of ``capped_loss``.
         precision: of the forward pass: 'float32', 'bfloat16' or 'float16' (autocast; the latter with a loss scale that
             adapts), or 'auto' for bfloat16 where the hardware computes in it.
         compile: let ``torch.compile`` fuse the network; worth its minutes on a GPU only.
@@ -114,6 +115,7 @@ class Trainer:
         clip_norm: float = 1.0,
         condition_dropout: float = 0.1,
         flip: bool = False,
+        weight_cap: float | None = None,
         precision: str = "auto",
         compile: bool = False,  # noqa: A002
         channels_last: bool = False,
@@ -131,8 +133,9 @@ class Trainer:
             )
         if warmup < 0 or (decay_steps is not None and decay_steps <= warmup):
             raise ValueError(f"need 0 <= warmup < decay_steps; got warmup = {warmup}, decay_steps = {decay_steps}.")
-        for name, value in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
-            if not value > 0:
+        positive = {"learning_rate": learning_rate, "clip_norm": clip_norm, "weight_cap": weight_cap}
+        for name, value in positive.items():
+            if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0; got {value}.")
         shares = {"beta_2": beta_2, "ema_decay": ema_decay, "condition_dropout": condition_dropout}
         for name, value in shares.items():
@@ -158,6 +161,7 @@ class Trainer:
             "clip_norm": clip_norm,
             "condition_dropout": condition_dropout,
             "flip": flip,
+            "weight_cap": weight_cap,
             "precision": precision,
             "seed": seed,
         }
@@ -176,6 +180,7 @@ class Trainer:
             self.parallel = DistributedDataParallel(
                 denoiser.network, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+        self.loss = simple_loss if weight_cap is None else partial(capped_loss, cap=weight_cap)
         network = torch.compile(self.parallel) if compile else self.parallel
         self.model = Denoiser(network, denoiser.schedule, denoiser.predicts)  # the same weights, as a step calls them
         self.parameters, self.averages = zip(
@@ -229,7 +234,7 @@ class Trainer:
             wait = self.world > 1 and start != starts[-1]  # the processes average their gradients at the last part
             with self.parallel.no_sync() if wait else nullcontext():
                 with self.autocast:
-                    mine = simple_loss(self.model, *(None if part is None else part[place] for part in batch))
+                    mine = self.loss(self.model, *(None if part is None else part[place] for part in batch))
                 self.scaler.scale(mine.mean() / self.accumulate).backward()
             losses.append(mine.detach())
         return self._gather(torch.cat(losses))

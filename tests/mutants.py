@@ -171,6 +171,21 @@ MUTANTS = {
         "data and noise in each other's place",
     ),
     "loss not squared": Mutant("loss.py", "error.square()", "error.abs()", "prediction", "the simple loss is a square"),
+    "the weight of the loss not squared": Mutant(
+        "loss.py",
+        "guess.noise.square().reciprocal()",
+        "guess.noise.reciprocal()",
+        "prediction",
+        "SNR + 1 is 1 / noise^2",
+    ),
+    "the cap as a floor": Mutant("loss.py", "clamp(max=cap)", "clamp(min=cap)", "prediction", "a cap is a maximum"),
+    "the cap forgotten": Mutant(
+        "training.py",
+        "partial(capped_loss, cap=weight_cap)",
+        "partial(capped_loss, cap=25)",
+        "training",
+        "an option ignored",
+    ),
     # sampling.py
     "noise at the last step": Mutant(
         "sampling.py",

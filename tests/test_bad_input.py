@@ -162,6 +162,7 @@ CASES = {
     "decay before warm-up ends": (lambda: trained(warmup=9, decay_steps=9), "decay_steps = 9", "warmup < decay_steps"),
     "ema_decay 1": (lambda: trained(ema_decay=1.0), "got 1.0", "[0, 1)"),
     "clip_norm 0": (lambda: trained(clip_norm=0), "got 0", "above 0"),
+    "weight_cap 0": (lambda: trained(weight_cap=0.0), "got 0.0", "above 0"),
     "condition_dropout 1": (lambda: trained(condition_dropout=1), "got 1", "[0, 1)"),
     "unknown precision": (lambda: trained(precision="float8"), "'float8'", "auto, float32, bfloat16, float16"),
     "seed below 0": (lambda: trained(seed=-1), "got -1", "0 or more"),

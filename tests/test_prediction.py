@@ -8,7 +8,7 @@ import torch
 from tiny_models import tiny_denoiser, tiny_images
 from torch import nn
 
-from ddpm_lib import Denoiser, Prediction, Schedule, simple_loss
+from ddpm_lib import Denoiser, Prediction, Schedule, capped_loss, simple_loss
 
 KINDS = ("eps", "x0", "v", "score")
 
@@ -148,6 +148,27 @@ def test_a_known_error_costs_its_mean_square(linear, kind):
     x0, eps = torch.from_numpy(expected["x0"]), torch.from_numpy(expected["eps"])
     losses = simple_loss(Denoiser(network, linear, kind), x0, 600, eps)
     np.testing.assert_allclose(losses, (error**2).mean(1), rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cap", [1.5, 25, math.inf])
+def test_the_capped_loss_weighs_the_error_of_x0(linear, kind, cap):
+    t, x0, eps, output = torch.tensor([1, 100, 600, 1000]), *torch.randn(3, 4, 5, dtype=torch.float64)
+    losses = capped_loss(Denoiser(Recorder(output), linear, kind), x0, t, eps, cap=cap)
+    for i, step in enumerate(t.tolist()):
+        alpha_bar = math.prod(1 - (1e-4 + (0.02 - 1e-4) * k / 999) for k in range(step))
+        signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        x_t = signal * x0[i] + noise * eps[i]
+        guess = {
+            "x0": output[i],
+            "eps": (x_t - noise * output[i]) / signal,
+            "v": signal * x_t - noise * output[i],
+            "score": (x_t + noise**2 * output[i]) / signal,
+        }[kind]
+        expected = min(1 + signal**2 / noise**2, cap) * (guess - x0[i]).square().mean()
+        assert float(losses[i]) == pytest.approx(float(expected), rel=1e-9)
+    if cap == math.inf and kind == "v":
+        torch.testing.assert_close(losses, simple_loss(Denoiser(Recorder(output), linear, "v"), x0, t, eps))
 
 
 def test_the_network_sees_the_noisy_image_at_each_step(linear):

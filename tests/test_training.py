@@ -254,6 +254,13 @@ def test_a_share_of_labels_is_replaced_by_no_label(share):
 # One step, computed independently
 
 
+def test_a_weight_cap_caps_the_loss():
+    """SNR + 1 is above 1, so that caps below 1 are the weights themselves."""
+    low, twice, paper = (next(trainer(weight_cap=cap).run(1)).losses for cap in (0.1, 0.2, None))
+    torch.testing.assert_close(twice, 2 * low)
+    assert not torch.allclose(paper, low)
+
+
 @pytest.mark.parametrize("clip_norm", [1e-3, 1e3], ids=["clipped", "not clipped"])
 @pytest.mark.parametrize("ema_warmup", [True, False], ids=["EMA warm-up", "EMA constant"])
 def test_every_step_is_adam_on_the_clipped_gradient(clip_norm, ema_warmup):
