@@ -2,7 +2,7 @@
 
 What a picture shows can be measured, so that text to image can be too: ``ddpm_lib.scene_reader`` reads a picture back
 and compares it with a caption. Lengths are in pixels; x grows to the right and y downwards, from the corner at the top
-left, so that the centre of the first pixel is (0.5, 0.5).
+left, so that the centre of the first pixel is (0.5, 0.5). Every object has its centre on that of a pixel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .schedule import _positive_int
 SIDE = 32
 MARGIN = 0.5  # between an object and the frame
 GAP = 2.0  # at least, between two objects
-RADII = {"small": 3.4, "large": 5.5}
+RADII = {"small": 4.0, "large": 6.0}
 COLOURS = {  # red, green, blue and purple are equally light: their luma is 98 of 255
     "red": (224, 44, 46),
     "orange": (247, 130, 15),
@@ -148,8 +148,8 @@ def scenes(n: int, split: str = "train", seed: int = 0, family: str | None = Non
     The same seed, split and family always give the same scenes; the first of many are the same as of few. ``family``:
 
     - 'pairs': two objects, one above, below, left of or right of the other;
-    - 'rows': three objects, from left to right or from top to bottom;
-    - 'counts': one to four equal objects;
+    - 'rows': three small objects, from left to right or from top to bottom;
+    - 'counts': one to four equal objects, three and four of them small;
     - None: all of these, in equal parts.
 
     ``split``:
@@ -200,9 +200,6 @@ class _Draws:
         while True:
             yield from torch.rand(4096, generator=generator, dtype=torch.float64).tolist()
 
-    def uniform(self, low: float, high: float) -> float:
-        return low + (high - low) * next(self.numbers)
-
     def chance(self, probability: float) -> bool:
         return next(self.numbers) < probability
 
@@ -213,9 +210,11 @@ class _Draws:
 def _random_scene(draws: _Draws, split: str, family: str) -> Scene:
     while True:
         if family == "counts":
-            items = [_random_item(draws)] * draws.pick((1, 2, 3, 4))
+            count = draws.pick((1, 2, 3, 4))
+            items = [_random_item(draws, count)] * count
         else:
-            items = [_random_item(draws) for _ in range(2 if family == "pairs" else 3)]
+            count = 2 if family == "pairs" else 3
+            items = [_random_item(draws, count) for _ in range(count)]
         objects = {(item.colour, item.shape) for item in items}
         if len(objects) < len(items) and family != "counts":
             continue
@@ -233,8 +232,9 @@ def _random_scene(draws: _Draws, split: str, family: str) -> Scene:
     return Scene(background, placed, order)
 
 
-def _random_item(draws: _Draws) -> Item:
-    return Item(draws.pick(tuple(SHAPES)), draws.pick(tuple(COLOURS)), draws.pick(tuple(RADII)))
+def _random_item(draws: _Draws, of: int) -> Item:
+    sizes = tuple(RADII) if of <= 2 else ("small",)
+    return Item(draws.pick(tuple(SHAPES)), draws.pick(tuple(COLOURS)), draws.pick(sizes))
 
 
 def _placed(draws: _Draws, items: Sequence[Item], order: str | None) -> tuple[Item, ...] | None:
@@ -242,9 +242,9 @@ def _placed(draws: _Draws, items: Sequence[Item], order: str | None) -> tuple[It
     placed: tuple[Item, ...] = ()
     for item in items:
         reach = MARGIN + RADII[item.size] * SHAPES[item.shape][0]
+        centres = [pixel + 0.5 for pixel in range(SIDE) if reach <= pixel + 0.5 <= SIDE - reach]
         for _ in range(20):
-            x, y = draws.uniform(reach, SIDE - reach), draws.uniform(reach, SIDE - reach)
-            new = (*placed, Item(item.shape, item.colour, item.size, x, y))
+            new = (*placed, Item(item.shape, item.colour, item.size, draws.pick(centres), draws.pick(centres)))
             if _in_order(new, order, len(items)) and _apart(new):
                 break
         else:

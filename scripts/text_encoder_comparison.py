@@ -1,6 +1,6 @@
 """What the text encoder does for the picture: the same U-Net, trained alike, beside one encoder after another.
 
-    python -m scripts.text_encoder_comparison NAME ...   # of VARIANTS; half an hour each on one core with bfloat16
+    python -m scripts.text_encoder_comparison NAME ...   # of VARIANTS; about half an hour each on one core
 
 adds or replaces a row each in ``ddpm_lib/datasets/text_encoders.json``, where the chapter on text to image reads them.
 The scenes are pairs of objects. A row holds the share of 500 samples that show what their caption says, for each
@@ -11,14 +11,16 @@ with captions.
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpm_lib import Denoiser, Guided, Schedule, Trainer, UNet, frechet_distance, sample
+from ddpm_lib import Denoiser, Guided, Trainer, UNet, frechet_distance, sample
 from ddpm_lib.checkpoint import write_file
+from ddpm_lib.recipe import Recipe
 from ddpm_lib.scene_reader import satisfies
 from ddpm_lib.scenes import LONGEST, VOCABULARY, scenes
 from ddpm_lib.text import TextEncoder, TextUNet
@@ -52,22 +54,18 @@ def encoder(objective: str | None, width: int, layers: int) -> tuple[TextEncoder
 
 
 def train(reader: TextEncoder, jointly: bool) -> Denoiser:
-    """The averaged model after STEPS steps, the same for every encoder but for what it reads."""
+    """The averaged model after STEPS steps of the recipe of the shipped one, but for what it reads."""
+    recipe = Recipe.load("scenes")
+    shipped = recipe.denoiser()
     torch.manual_seed(0)
-    unet = UNet(32, 3, 32, (1, 3, 3), 1, (8, 4), 0.0, 8, patch_size=2, text_channels=reader.width)
-    network = TextUNet(reader, unet)
+    network = TextUNet(reader, UNet(**asdict(recipe.network), text_channels=reader.width))
     network.encoder.requires_grad_(jointly)
     images, captions = scenes(SCENES, family="pairs")
     trainer = Trainer(
-        Denoiser(network, Schedule.cosine(snr_scale=0.25), "v"),
+        Denoiser(network, shipped.schedule, shipped.predicts),
         images,
-        network.encoder.tokenise(captions),
-        batch_size=64,
-        learning_rate=2e-3,
-        warmup=200,
-        decay_steps=STEPS,
-        ema_decay=0.995,
-        precision="bfloat16",
+        reader.tokenise(captions),
+        **recipe.trainer_options() | {"decay_steps": STEPS, "ema_decay": 0.995},
     )
     for _ in tqdm(trainer.run(STEPS), total=STEPS):
         pass
