@@ -17,7 +17,7 @@ except ImportError:
 from . import plots, run
 from .checkpoint import load_denoiser, pretrained, save_denoiser, write_file
 from .cost import cost
-from .data import picture
+from .data import as_floats, picture
 from .degradation import GIVEN, grey
 from .evaluation import evaluate as measure
 from .guidance import Guided
@@ -27,7 +27,7 @@ from .prediction import Denoiser
 from .recipe import Recipe, recipe_names
 from .released import PICKLES, from_pytorch_diffusion, is_port
 from .sampling import sample as draw_samples
-from .training import NonFiniteError, as_floats
+from .training import NonFiniteError
 
 Model = Annotated[
     str,

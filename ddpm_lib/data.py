@@ -193,6 +193,11 @@ def spiral(n: int, generator: torch.Generator | None = None) -> Tensor:
     return (points - SPIRAL_MEAN) / SPIRAL_STD
 
 
+def as_floats(images: Tensor) -> Tensor:
+    """Images of bytes, or of floats of any size, as float32 in [-1, 1]."""
+    return (images / 127.5 - 1 if images.dtype == torch.uint8 else images).float()
+
+
 def _scenes(split: str) -> tuple[Tensor, list[str]]:
     _check_split(split)
     return scenes(SCENES[split], split)

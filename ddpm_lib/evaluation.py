@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checkpoint import shipped_names
 from .classifier import Classifier, pretrained_classifier
-from .data import load_images
+from .data import as_floats, load_images
 from .degradation import GIVEN
 from .guidance import Guided
 from .inception import Inception
@@ -18,7 +18,6 @@ from .metrics import frechet_distance, inception_score, precision_recall
 from .prediction import Denoiser
 from .sampling import sample
 from .scene_reader import satisfies
-from .training import as_floats
 
 BATCH = 250
 REFERENCES = 10_000  # training images that samples are compared with

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from . import plots
 from .checkpoint import CheckpointError, load_denoiser, write_file
-from .data import load_images
+from .data import as_floats, load_images
 from .degradation import GIVEN
 from .prediction import Denoiser
 from .recipe import Recipe
 from .sampling import sample
-from .training import Trainer, TrainStep, as_floats, best_device
+from .training import Trainer, TrainStep, best_device
 
 KEPT = 2  # checkpoints
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import CheckpointError, check_fit, denoiser_config, read_checkpoint, write_checkpoint
+from .data import as_floats
 from .loss import capped_loss, simple_loss
 from .muon import Muon
 from .prediction import Denoiser
@@ -212,10 +213,11 @@ class Trainer:
             group["lr"] = learning_rate
         self.denoiser.train()
         self.optimiser.zero_grad()
-        with keyed_randomness(self.options["seed"], self.step, self.device):
-            batch = self._batch()
-            losses = self._gradient(batch)
-        grad_norm = self._descend()
+        with flushed_denormals():
+            with keyed_randomness(self.options["seed"], self.step, self.device):
+                batch = self._batch()
+                losses = self._gradient(batch)
+            grad_norm = self._descend()
         self._note_nonfinite(losses, grad_norm)
         self._average()
         self.step += 1
@@ -386,6 +388,20 @@ class Trainer:
 
 
 @contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Results below 1e-38 in size become 0. A trained softmax makes many, and a CPU is slow at computing with them.
+
+    ``benchmarks/denormals.py`` measures how slow.
+    """
+    before = float(torch.tensor(1e-30) * 1e-10) == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+@contextmanager
 def keyed_randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
     """Random numbers that depend on (seed, step) alone; the caller's own stream is left as it was."""
     devices = [] if device.type == "cpu" else [device]
@@ -409,11 +425,6 @@ def check_images(images: Tensor) -> None:
     low, high = float(images.min()), float(images.max())
     if not (low >= -1 and high <= 1):
         raise ValueError(f"images must lie in [-1, 1]; got values from {low:g} to {high:g}.")
-
-
-def as_floats(images: Tensor) -> Tensor:
-    """Images of bytes, or of floats of any size, as float32 in [-1, 1]."""
-    return (images / 127.5 - 1 if images.dtype == torch.uint8 else images).float()
 
 
 def best_device() -> torch.device:

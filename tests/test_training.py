@@ -254,6 +254,24 @@ def test_a_share_of_labels_is_replaced_by_no_label(share):
 # One step, computed independently
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_denormal_numbers_are_zero_in_a_step_and_then_as_before(before):
+    """They cost a CPU many times what other numbers cost."""
+
+    def flushed():
+        return float(torch.tensor(1e-30) * 1e-10) == 0
+
+    training, seen = trainer(), []
+    training.denoiser.network.register_forward_hook(lambda *_: seen.append(flushed()))
+    if not torch.set_flush_denormal(before):
+        pytest.skip("this processor cannot")
+    try:
+        next(training.run(1))
+        assert (seen, flushed()) == ([True], before)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_a_weight_cap_caps_the_loss():
     """SNR + 1 is above 1, so that caps below 1 are the weights themselves."""
     low, twice, paper = (next(trainer(weight_cap=cap).run(1)).losses for cap in (0.1, 0.2, None))
