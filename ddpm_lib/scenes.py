@@ -2,7 +2,8 @@
 
 What a picture shows can be measured, so that text to image can be too: ``ddpm_lib.scene_reader`` reads a picture back
 and compares it with a caption. Lengths are in pixels; x grows to the right and y downwards, from the corner at the top
-left, so that the centre of the first pixel is (0.5, 0.5). Every object has its centre on that of a pixel.
+left, so that the centre of the first pixel is (0.5, 0.5). The centres of objects lie on a grid of two pixels: a network
+that works on squares of 2 x 2 pixels always meets a shape in the same cut.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from .schedule import _positive_int
 SIDE = 32
 MARGIN = 0.5  # between an object and the frame
 GAP = 2.0  # at least, between two objects
-RADII = {"small": 4.0, "large": 6.0}
+GRID = 2  # of which the coordinates of every object's centre are multiples
+RADII = {"small": 4.2, "large": 6.0}
 COLOURS = {  # red, green, blue and purple are equally light: their luma is 98 of 255
     "red": (224, 44, 46),
     "orange": (247, 130, 15),
@@ -242,7 +244,7 @@ def _placed(draws: _Draws, items: Sequence[Item], order: str | None) -> tuple[It
     placed: tuple[Item, ...] = ()
     for item in items:
         reach = MARGIN + RADII[item.size] * SHAPES[item.shape][0]
-        centres = [pixel + 0.5 for pixel in range(SIDE) if reach <= pixel + 0.5 <= SIDE - reach]
+        centres = [float(place) for place in range(0, SIDE, GRID) if reach <= place <= SIDE - reach]
         for _ in range(20):
             new = (*placed, Item(item.shape, item.colour, item.size, draws.pick(centres), draws.pick(centres)))
             if _in_order(new, order, len(items)) and _apart(new):
