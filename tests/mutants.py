@@ -344,7 +344,7 @@ MUTANTS = {
         "height and width exchanged",
     ),
     "bytes divided by 128": Mutant(
-        "training.py",
+        "data.py",
         "images / 127.5 - 1",
         "images / 128 - 1",
         "training",
