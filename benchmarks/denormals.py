@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ddpm_lib import capped_loss, load_denoiser
+from ddpm_lib.data import as_floats
 from ddpm_lib.scenes import scenes
 from ddpm_lib.training import flushed_denormals
 
@@ -29,7 +30,7 @@ def main() -> None:
     model.network.unet.requires_grad_(True)
     images, captions = scenes(BATCH, "test")
     generator = torch.Generator().manual_seed(0)
-    x0, tokens = images / 127.5 - 1, model.network.encoder.tokenise(captions)
+    x0, tokens = as_floats(images), model.network.encoder.tokenise(captions)
     t, eps = torch.randint(1, 1001, (BATCH,), generator=generator), torch.randn(x0.shape, generator=generator)
 
     def seconds(mode) -> float:
