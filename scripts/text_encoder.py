@@ -1,9 +1,11 @@
 """Train a text encoder for captioned scenes, before any picture is drawn: ``python -m scripts.text_encoder FILE``.
 
-Three ways to learn to read:
+Four ways to learn to read:
 
-- ``attributes``: say from the mean of the features what the scene holds: the shape, colour and size of each object, the
-  background, the order, the number. It uses what only the maker of the data knows.
+- ``tables``: the mean of the features is to be a table of what the scene holds, 1 for what is there and 0 for what is
+  not: the shape, colour and size of each object, the background, the order, the number. It uses what only the maker of
+  the data knows.
+- ``names``: say from the mean of the features, by linear layers, what the scene holds. It uses the same knowledge.
 - ``pictures``: tell which of 256 pictures a caption belongs to, as CLIP does (Radford et al. 2021), beside a small
   network that reads the pictures. It uses pairs of picture and caption, and nothing else.
 - ``words``: guess hidden words, as BERT does (Devlin et al. 2019). It uses captions alone.
@@ -40,31 +42,42 @@ HIDDEN = 0.2  # share of words hidden in 'words'
 Loss = Callable[[Tensor], Tensor]  # of the places of a batch in the training set
 
 
-def slots(scene: Scene) -> list[str]:
-    """What the scene holds, one word for each question."""
+def answers(scene: Scene) -> list[str | None]:
+    """What the scene holds, one word for each question; None where there is nothing to say."""
     items = scene.items if scene.order else scene.items[:1]
-    words = [scene.background, scene.order or "none", str(len(scene.items))]
+    words = [scene.background, scene.order, str(len(scene.items))]
     for place in range(3):
-        words += [items[place].shape, items[place].colour, items[place].size] if place < len(items) else ["none"] * 3
+        words += [items[place].shape, items[place].colour, items[place].size] if place < len(items) else [None] * 3
     return words
 
 
-ANSWERS = [
-    list(BACKGROUNDS),
-    ["none", *RELATIONS],
-    list("1234"),
-    *3 * [["none", *SHAPES], ["none", *COLOURS], ["none", *RADII]],
-]
+QUESTIONS = [BACKGROUNDS, RELATIONS, "1234", *3 * [SHAPES, COLOURS, RADII]]  # each with the words that may answer it
 
 
-def attributes(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
-    answers = [slots(scene) for scene, _ in captioned_scenes(SCENES)]
-    answers = torch.tensor([[known.index(word) for known, word in zip(ANSWERS, words)] for words in answers])
-    heads = nn.ModuleList(nn.Linear(encoder.width, len(known)) for known in ANSWERS)
+def table(scene: Scene) -> list[float]:
+    """All words that may be answers, 1 for those that are and 0 for the others: 58 numbers."""
+    return [float(word == answer) for words, answer in zip(QUESTIONS, answers(scene)) for word in words]
+
+
+def tables(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
+    wanted = torch.tensor([table(scene) for scene, _ in captioned_scenes(SCENES)])
+    part = wanted.shape[1]
+
+    def loss(batch: Tensor) -> Tensor:
+        return (encoder(tokens[batch]).mean(1)[:, :part] - wanted[batch]).square().sum(1).mean()
+
+    return nn.Module(), loss
+
+
+def names(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
+    choices = [[*words, None] for words in QUESTIONS]
+    asked = [answers(scene) for scene, _ in captioned_scenes(SCENES)]
+    right = torch.tensor([[known.index(word) for known, word in zip(choices, words)] for words in asked])
+    heads = nn.ModuleList(nn.Linear(encoder.width, len(known)) for known in choices)
 
     def loss(batch: Tensor) -> Tensor:
         pooled = encoder(tokens[batch]).mean(1)
-        return sum(F.cross_entropy(head(pooled), answers[batch, i]) for i, head in enumerate(heads)) / len(heads)
+        return sum(F.cross_entropy(head(pooled), right[batch, i]) for i, head in enumerate(heads)) / len(heads)
 
     return heads, loss
 
@@ -99,7 +112,7 @@ def words(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
     return head, loss
 
 
-OBJECTIVES = {"attributes": attributes, "pictures": pictures, "words": words}
+OBJECTIVES = {"tables": tables, "names": names, "pictures": pictures, "words": words}
 
 
 def train(objective: str, steps: int, width: int, layers: int, seed: int = 0) -> Iterator[tuple[TextEncoder, float]]:
@@ -124,8 +137,8 @@ def train(objective: str, steps: int, width: int, layers: int, seed: int = 0) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--objective", default="attributes", choices=OBJECTIVES)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--objective", default="tables", choices=OBJECTIVES)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     options = parser.parse_args()

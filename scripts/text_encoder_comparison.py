@@ -33,11 +33,12 @@ VARIANTS = {  # how the encoder learned to read, its width and its layers
     "joint": (None, 64, 2),
     "words": ("words", 64, 2),
     "pictures": ("pictures", 64, 2),
-    "attributes": ("attributes", 64, 2),
-    "attributes, width 16": ("attributes", 16, 2),
-    "attributes, width 32": ("attributes", 32, 2),
-    "attributes, 1 layer": ("attributes", 64, 1),
-    "attributes, no layer": ("attributes", 64, 0),
+    "names": ("names", 64, 2),
+    "tables": ("tables", 64, 2),
+    "names, width 16": ("names", 16, 2),
+    "tables, width 128": ("tables", 128, 2),
+    "tables, 1 layer": ("tables", 64, 1),
+    "tables, no layer": ("tables", 64, 0),
 }
 WALK = {"steps": 20, "eta": 0.0}
 WEIGHT = 1.0
