@@ -9,9 +9,10 @@ from torch import nn
 
 from ddpm_lib import CheckpointError, Denoiser, Guided, Schedule, Trainer, UNet, load_denoiser, sample, save_denoiser
 from ddpm_lib.checkpoint import MODELS, denoiser_config, load_text_encoder, save_text_encoder, write_checkpoint
-from ddpm_lib.scenes import COLOURS, SHAPES, captioned_scenes
+from ddpm_lib.scenes import COLOURS, SHAPES, Item, Scene, captioned_scenes
 from ddpm_lib.text import PretrainedEncoder, TextEncoder, TextUNet
 from ddpm_lib.unet import CrossAttention
+from scripts.text_encoder import table
 
 WORDS = ("a", "red", "blue", "circle", "square", "above", ",")
 
@@ -246,6 +247,18 @@ def test_an_encoder_of_transformers_takes_the_place_of_ours(folder, name, tmp_pa
 
     with safe_open(path, "pt") as file:
         assert not any(key.startswith("encoder") for key in file.keys())
+
+
+def test_a_table_has_a_one_for_each_thing_that_is_there():
+    circle, box = Item("circle", "red", "small", 16.0, 8.0), Item("square", "blue", "large", 16.0, 22.0)
+    pair = torch.tensor(table(Scene("navy", (circle, box), "top to bottom")))
+    assert len(pair) == 4 + 2 + 4 + 3 * (6 + 8 + 2)
+    places = {"navy": 1, "top to bottom": 4, "two": 7, "circle": 10, "red": 16, "small": 24}
+    places |= {"square": 26 + 1, "blue": 32 + 4, "large": 40 + 1}
+    assert pair.nonzero().flatten().tolist() == list(places.values())
+    three = torch.tensor(table(Scene("black", (box,) * 3)))  # equal objects, which have no order, are told once
+    assert three.nonzero().flatten().tolist() == [0, 4 + 2 + 2, 10 + 1, 16 + 4, 24 + 1]
+    assert set(three.tolist()) == {0, 1}
 
 
 def test_the_shipped_encoder_has_read_what_its_card_says():
