@@ -127,6 +127,8 @@ def _unet_config(config: dict) -> dict:
         raise ValueError("diffusers' UNet2DModel is told what to draw by a class only, not by a text or an image.")
     if config["lean"]:
         raise ValueError("diffusers' UNet2DModel is not lean: it has one block more on the way up than down.")
+    if config["coordinates"]:
+        raise ValueError("diffusers' UNet2DModel sees no coordinates.")
     if config["adaptive_norm"]:
         raise ValueError("diffusers' UNet2DModel has no such network: its adaptive norm lacks one in the middle block.")
     if base == 2:
@@ -304,9 +306,8 @@ def _unet_options(config: dict, where: str) -> dict:
     attending = {width for width, attend in zip(widths, attends) if attend} | {widths[-1]}
     same = {"attn_norm_num_groups": groups, "time_embedding_dim": 4 * widths[0], "act_fn": "swish", "sample_size": size}
     same |= {"attention_head_dim": widths[-1]} if len(attending) == 1 else {}
-    written = _unet_config(
-        options | dict.fromkeys(("text_channels", "image_channels", "adaptive_norm", "lean")) | {"patch_size": 1}
-    )
+    unused = ("text_channels", "image_channels", "adaptive_norm", "lean", "coordinates")
+    written = _unet_config(options | dict.fromkeys(unused) | {"patch_size": 1})
     config = config | {key: written[key] for key, value in same.items() if config.get(key) == value}
     _demand(config, written, where)
     if unknown := {key: v for key, v in config.items() if not (key in written.keys() | IGNORED or key.startswith("_"))}:

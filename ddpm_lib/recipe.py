@@ -58,6 +58,8 @@ class Network:
     """Let the embedding scale and shift what each block has normalised."""
     lean: bool = False
     """A cheaper way down and up, for small networks on a CPU."""
+    coordinates: bool = False
+    """Show the network where in the image each place lies."""
     initial: Literal["paper", "torch"] = "paper"
     """Size of the first weights: the paper's, or PyTorch's own, which are smaller."""
 

@@ -46,6 +46,8 @@ class UNet(nn.Module):
         lean: for small networks on a CPU, about half the operations: as many blocks on the way up as down, images
             halved before the blocks of a level instead of after them, and a convolution of 1 x 1 before images are
             doubled instead of 3 x 3 after (in the spirit of Saharia et al. 2022, appendix B, Efficient U-Net).
+        coordinates: show the first convolution two more channels, x and y of each place in [-1, 1] (Liu et al. 2018).
+            Without them a network knows places from the padding of its convolutions alone.
         initial: where the weights start: 'paper', with variance 2 / (fan_in + fan_out), or 'torch', PyTorch's own
             1 / (3 fan_in), from which a small network with a high learning rate sets out several times faster. What
             starts near zero does so in both.
@@ -67,6 +69,7 @@ class UNet(nn.Module):
         image_channels: int | None = None,
         adaptive_norm: bool = False,
         lean: bool = False,
+        coordinates: bool = False,
         initial: str = "paper",
     ):
         super().__init__()
@@ -91,6 +94,7 @@ class UNet(nn.Module):
             "image_channels": image_channels,
             "adaptive_norm": adaptive_norm,
             "lean": lean,
+            "coordinates": coordinates,
             "initial": initial,
         }
         if not channel_multipliers or any(not isinstance(m, int) or m < 1 for m in channel_multipliers):
@@ -122,7 +126,7 @@ class UNet(nn.Module):
         self.label = None if classes is None else nn.Embedding(classes + 1, embedding)
         self.text = None if text_channels is None else linear(text_channels, embedding)
         pixels = in_channels * patch_size**2
-        self.stem = conv3x3(pixels + (image_channels or 0) * patch_size**2, base_channels)
+        self.stem = conv3x3(pixels + (image_channels or 0) * patch_size**2 + 2 * coordinates, base_channels)
 
         def stage(width_in: int, width: int, size: int) -> Stage:
             attends = size in attention_resolutions
@@ -192,7 +196,10 @@ class UNet(nn.Module):
             x = torch.cat([x, self._checked_image(condition, x)], dim=1)
         else:
             embedding = embedding + self._label_embedding(condition, x)
-        h = self.stem(F.pixel_unshuffle(x, self.config["patch_size"]))
+        h = F.pixel_unshuffle(x, self.config["patch_size"])
+        if self.config["coordinates"]:
+            h = torch.cat([h, coordinates(h).expand(len(h), -1, -1, -1)], dim=1)
+        h = self.stem(h)
         lean = self.config["lean"]
         skips = [] if lean else [h]
         for part in self.down:
@@ -247,6 +254,15 @@ class UNet(nn.Module):
                 f"a U-Net of {self.halvings + 1} levels halves the image {self.halvings} times, so its sides must be "
                 f"multiples of {factor}; got {height} x {width}. Pad the images or use fewer channel_multipliers."
             )
+
+
+def coordinates(x: Tensor) -> Tensor:
+    """x, which grows to the right, and y, which grows downwards, of each place of a map (B, C, H, W): (1, 2, H, W).
+
+    The map reaches from -1 to 1 both ways; a place has the coordinates of its middle.
+    """
+    height, width = ((torch.arange(n, dtype=x.dtype, device=x.device) * 2 + 1) / n - 1 for n in x.shape[2:])
+    return torch.stack([width.expand(len(height), -1), height[:, None].expand(-1, len(width))])[None]
 
 
 class TimeEmbedding(nn.Module):

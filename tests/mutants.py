@@ -314,6 +314,13 @@ MUTANTS = {
         "unet",
         "going in in one order and out in another",
     ),
+    "x and y of the places exchanged": Mutant(
+        "unet.py",
+        "torch.stack([width.expand(len(height), -1), height[:, None].expand(-1, len(width))])[None]",
+        "torch.stack([height[:, None].expand(-1, len(width)), width.expand(len(height), -1)])[None]",
+        "unet",
+        "pictures that lie on their side",
+    ),
     # training.py
     "the parts of a batch added up": Mutant(
         "training.py",

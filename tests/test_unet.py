@@ -10,7 +10,7 @@ from tiny_models import draw_parameters, tiny_unet
 from torch import nn
 
 from ddpm_lib import UNet
-from ddpm_lib.unet import Attention, Downsample, ResidualBlock, TimeEmbedding, Upsample, attend
+from ddpm_lib.unet import Attention, Downsample, ResidualBlock, TimeEmbedding, Upsample, attend, coordinates
 
 
 def count(module) -> int:
@@ -37,8 +37,9 @@ def test_classes_cost_one_embedding_each_and_one_for_none():
         {"image_size": 5, "channel_multipliers": (2,), "attention_resolutions": ()},
         {"in_channels": 3, "base_channels": 6, "groups": 3, "classes": 4, "dropout": 0.5},
         {"image_size": 12, "patch_size": 3, "in_channels": 2},
+        {"image_size": 8, "patch_size": 2, "coordinates": True},
     ],
-    ids=["tiny", "three levels", "one level", "classes", "patches"],
+    ids=["tiny", "three levels", "one level", "classes", "patches", "coordinates"],
 )
 def test_output_has_the_shape_of_the_input(options):
     network = draw_parameters(tiny_unet(**options))
@@ -60,6 +61,25 @@ def test_a_network_on_patches_is_the_same_network_on_their_pixels_as_channels():
     output = network(x, steps)
     for k, (c, i, j) in enumerate(places):
         torch.testing.assert_close(output[:, c, i::2, j::2], answer[:, k], rtol=0, atol=1e-6)
+
+
+def test_coordinates_are_those_of_the_middles_of_the_places():
+    across, down = [-0.75, -0.25, 0.25, 0.75], [-0.5, 0.5]
+    told = coordinates(torch.zeros(3, 5, 2, 4))
+    torch.testing.assert_close(told, torch.tensor([[[across, across], [[y] * 4 for y in down]]]), rtol=0, atol=0)
+
+
+def test_a_network_with_coordinates_is_one_whose_first_convolution_sees_two_channels_more():
+    network = draw_parameters(tiny_unet(image_size=8, patch_size=2, coordinates=True))
+    inner = tiny_unet(image_size=4, in_channels=6)
+    inner.load_state_dict(network.state_dict() | dict(zip(("head.weight", "head.bias"), inner.head.parameters())))
+    with torch.no_grad():
+        for own, given in zip(inner.head.parameters(), network.head.parameters()):
+            own[:4] = given
+    x, steps = torch.randn(2, 1, 8, 8), torch.tensor([3, 4])
+    middles = torch.tensor([-0.75, -0.25, 0.25, 0.75]).expand(2, 1, 4, 4)
+    answer = inner(torch.cat([F.pixel_unshuffle(x, 2), middles, middles.mT], dim=1), steps)
+    torch.testing.assert_close(network(x, steps), F.pixel_shuffle(answer[:, :4], 2), rtol=0, atol=1e-6)
 
 
 def test_a_network_is_built_again_from_its_configuration():
