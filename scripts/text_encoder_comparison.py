@@ -28,17 +28,18 @@ from scripts import text_encoder
 from scripts.training_signals import rounded
 
 RESULTS = Path(__file__).parent.parent / "ddpm_lib" / "datasets" / "text_encoders.json"
-STEPS, SCENES, PRETRAINING = 2500, 60_000, 3000
+STEPS, SCENES, PRETRAINING = 2500, 60_000, 2000
 VARIANTS = {  # how the encoder learned to read, its width and its layers
     "joint": (None, 64, 2),
     "words": ("words", 64, 2),
     "pictures": ("pictures", 64, 2),
     "names": ("names", 64, 2),
     "tables": ("tables", 64, 2),
-    "names, width 16": ("names", 16, 2),
-    "tables, width 128": ("tables", 128, 2),
-    "tables, 1 layer": ("tables", 64, 1),
-    "tables, no layer": ("tables", 64, 0),
+    "objects": ("objects", 64, 2),
+    "objects, width 32": ("objects", 32, 2),
+    "objects, width 128": ("objects", 128, 2),
+    "objects, 1 layer": ("objects", 64, 1),
+    "objects, no layer": ("objects", 64, 0),
 }
 WALK = {"steps": 20, "eta": 0.0}
 WEIGHT = 1.0

@@ -4,15 +4,14 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ddpm_lib import CheckpointError, Denoiser, Guided, Schedule, Trainer, UNet, load_denoiser, sample, save_denoiser
 from ddpm_lib.checkpoint import MODELS, denoiser_config, load_text_encoder, save_text_encoder, write_checkpoint
-from ddpm_lib.scenes import COLOURS, SHAPES, Item, Scene, captioned_scenes
+from ddpm_lib.scenes import COLOURS, LONGEST, SHAPE_WORDS, SHAPES, Item, Scene, captioned_scenes
 from ddpm_lib.text import PretrainedEncoder, TextEncoder, TextUNet
 from ddpm_lib.unet import CrossAttention
-from scripts.text_encoder import table
+from scripts.text_encoder import described, table
 
 WORDS = ("a", "red", "blue", "circle", "square", "above", ",")
 
@@ -261,26 +260,53 @@ def test_a_table_has_a_one_for_each_thing_that_is_there():
     assert set(three.tolist()) == {0, 1}
 
 
+def test_a_word_describes_the_object_it_belongs_to():
+    circle, box = Item("circle", "red", "small", 16.0, 8.0), Item("square", "blue", "large", 16.0, 22.0)
+    scene = Scene("navy", (circle, box), "top to bottom")
+    rows = torch.tensor(described(scene, "on navy, a big blue box below a red disc"))
+    assert rows.shape == (LONGEST, 6 + 8 + 2 + 6 + 4 + 2 + 4)
+    assert set(rows.flatten().tolist()) == {0, 1}
+    whole = [22 + 1, 26 + 0, 28 + 1]  # navy, from top to bottom, two
+    first, second = [0, 6 + 0, 14 + 0, 16 + 0], [1, 6 + 4, 14 + 1, 16 + 2]
+    for row, told in enumerate([second] * 7 + [first] * 4 + [[]] * (LONGEST - 11)):
+        assert rows[row].nonzero().flatten().tolist() == told + whole
+
+    balls = Scene("black", (circle,) * 3)  # equal objects have no order, so no places
+    row = torch.tensor(described(balls, "three red circles"))[1]
+    assert row.nonzero().flatten().tolist() == [0, 6 + 0, 14 + 0, 22 + 0, 28 + 2]
+    three = Scene("black", (circle, box, Item("ring", "pink", "small", 16.0, 30.0)), "left to right")
+    row = torch.tensor(described(three, "from right to left, a pink ring, a blue square and a red circle"))[9]
+    assert row.nonzero().flatten().tolist() == [1, 6 + 4, 14 + 1, 16 + 4, 22 + 0, 26 + 1, 28 + 2]
+
+
 def test_the_shipped_encoder_has_read_what_its_card_says():
-    """The mean feature holds a table of the shapes and colours of both objects, behind 4 + 2 + 4 other numbers."""
+    """Each of the words 'red circle' tells shape, colour and place of its object, in the numbers for them."""
     encoder = load_text_encoder("scenes-text")
-    kinds = [("shape", list(SHAPES)), ("colour", list(COLOURS))]
-    off = []
+    off, wrong = [], []
     for split in ("test", "held-out pairs", "held-out objects"):
         made = captioned_scenes(800, split, seed=3, family="pairs")
         with torch.no_grad():
             tokens = encoder.tokenise([caption for _, caption in made])
-            features = torch.cat([encoder(part).mean(1) for part in tokens.split(400)])
+            features = torch.cat([encoder(part) for part in tokens.split(400)])
         errors = []
-        for place, start in ((0, 10), (1, 26)):
-            for kind, words in kinds:
-                named = torch.tensor([words.index(getattr(scene.items[place], kind)) for scene, _ in made])
-                found = features[:, start : start + len(words)]
-                errors.append(found - F.one_hot(named, len(words)))
-                start += len(words)
-        errors = torch.cat(errors, dim=1)
-        assert errors.abs().max() < 0.5
+        for (scene, caption), feature in zip(made, features):
+            words = caption.replace(",", " ,").split()
+            for place, item in enumerate(scene.items):
+                end = next(
+                    i
+                    for i in range(1, len(words))
+                    if words[i - 1] == item.colour and words[i] in SHAPE_WORDS[item.shape]
+                )
+                told = torch.zeros(22)
+                told[list(SHAPES).index(item.shape)] = told[6 + list(COLOURS).index(item.colour)] = 1
+                told[16 + 2 * place + 3 * (scene.order == "left to right")] = 1
+                difference = feature[end - 1 : end + 1, :22] - told
+                errors.append(difference[:, [*range(14), *range(16, 22)]])
+        errors = torch.cat(errors)
+        assert len(errors) == 4 * 800
         off.append(float(errors.square().mean().sqrt()))
+        wrong.append(int((errors.abs().amax(1) > 0.5).sum()))
     card = (MODELS / "scenes-text.md").read_text(encoding="utf-8")
-    pattern = r"error of ([\d.]+), and nowhere.* in training ([\d.]+), .* together ([\d.]+) \|"
-    assert off == pytest.approx([float(number) for number in re.search(pattern, card).groups()], abs=0.0015)
+    rows = re.findall(r"^\| (?:test|held-out \w+) \| ([\d.]+) \| (\d+) \|$", card, re.MULTILINE)
+    assert off == pytest.approx([float(error) for error, _ in rows], abs=0.0015)
+    assert wrong == pytest.approx([int(number) for _, number in rows], abs=2)
