@@ -1,4 +1,4 @@
-"""What training makes small: the simple loss of the paper, and one that caps the weight of the lowest noise."""
+"""What training makes small: the simple loss of the paper, and one in which all noise levels speak about as loudly."""
 
 from torch import Tensor
 
@@ -24,12 +24,14 @@ def simple_loss(
 def capped_loss(
     denoiser: Denoiser, x0: Tensor, t: int | Tensor, eps: Tensor, condition: Tensor | None = None, *, cap: float
 ) -> Tensor:
-    """Squared error of the network's x0 times min(SNR + 1, cap), one number per image: shape (B,), mean over entries.
+    """Squared error of the network's x0 times min(sqrt(SNR), cap), one number per image: shape (B,), mean over entries.
 
-    Without a cap this is the squared error of v, whatever the network predicts. SNR + 1 is 1 / noise^2.
+    SNR is (signal / noise)^2. Weight 1 would be the loss of x0, SNR that of eps; this is half-way between, about one
+    over the error itself, so that no level of noise outshouts the others.
 
-    Source: Salimans and Ho (2022), section 4, for SNR + 1; Hang et al. (2023), section 3.4, for a cap.
+    Source: Karras et al. (2024), Analyzing and improving the training dynamics of diffusion models, for weights that
+    even the levels out, there learned; Hang et al. (2023), section 3.4, for a cap.
     """
     guess = denoiser(denoiser.schedule.q_sample(x0, t, eps), t, condition)
-    weight = guess.noise.square().reciprocal().clamp(max=cap)
+    weight = (guess.signal / guess.noise).clamp(max=cap)
     return (weight * (guess.x0 - x0).square()).flatten(1).mean(1)

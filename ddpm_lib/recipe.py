@@ -101,7 +101,7 @@ class Training:
     condition_dropout: float = 0.1
     """Share of labels or captions hidden while training."""
     weight_cap: float | None = None
-    """Weight the squared error of x0 by SNR + 1, or by this where it is less; without it, the paper's simple loss."""
+    """Weight the squared error of x0 by sqrt(SNR), or by this where it is less; without it, the paper's simple loss."""
     accumulate: int = 1
     """Parts in which a process works through its share of a batch."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -114,7 +114,9 @@ class PretrainedEncoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Features (B, length, width) of tokens (B, length)."""
-        return self.unsaved[0].to(tokens.device)(input_ids=tokens).last_hidden_state
+        padding, end = self.tokeniser.pad_token_id, self.tokeniser.eos_token_id
+        mask = None if padding == end else (tokens != padding).long()  # CLIP fills up with its mark of the end
+        return self.unsaved[0].to(tokens.device)(input_ids=tokens, attention_mask=mask).last_hidden_state
 
 
 class TextUNet(nn.Module):

@@ -11,7 +11,7 @@ with captions.
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -21,70 +21,66 @@ from tqdm import tqdm
 from ddpm_lib import Denoiser, Guided, Trainer, UNet, frechet_distance, sample
 from ddpm_lib.checkpoint import write_file
 from ddpm_lib.recipe import Recipe
-from ddpm_lib.scene_reader import satisfies
 from ddpm_lib.scenes import LONGEST, VOCABULARY, scenes
 from ddpm_lib.text import TextEncoder, TextUNet
 from scripts import text_encoder
+from scripts.scenes_results import measure
 from scripts.training_signals import rounded
 
 RESULTS = Path(__file__).parent.parent / "ddpm_lib" / "datasets" / "text_encoders.json"
-STEPS, SCENES, PRETRAINING = 2500, 60_000, 2000
-VARIANTS = {  # how the encoder learned to read, its width and its layers
-    "joint": (None, 64, 2),
-    "words": ("words", 64, 2),
-    "pictures": ("pictures", 64, 2),
-    "names": ("names", 64, 2),
-    "tables": ("tables", 64, 2),
-    "objects": ("objects", 64, 2),
-    "objects, width 32": ("objects", 32, 2),
-    "objects, width 128": ("objects", 128, 2),
-    "objects, 1 layer": ("objects", 64, 1),
-    "objects, no layer": ("objects", 64, 0),
+SETTINGS = {"steps": 1500, "scenes": 60_000, "pretraining": 2000, "captions": 500, "weight": 1.0, "walk": 20}
+SHIPPED = {"objective": "objects", "width": 64, "layers": 2, "coordinates": True, "snr_scale": 1 / 32}
+VARIANTS = {  # how the encoder learned to read (None: with the U-Net), or what else differs from the shipped model
+    **{name: {"objective": name} for name in ("words", "pictures", "names", "tables", "objects")},
+    "joint": {"objective": None},
+    "width 32": {"width": 32},
+    "width 128": {"width": 128},
+    "one layer": {"layers": 1},
+    "no layer": {"layers": 0},
+    "no coordinates": {"coordinates": False},
+    "less noise": {"snr_scale": 0.25},
 }
-WALK = {"steps": 20, "eta": 0.0}
-WEIGHT = 1.0
 
 
-def encoder(objective: str | None, width: int, layers: int) -> tuple[TextEncoder, float | None]:
-    """The encoder, pre-trained unless it is to learn with the U-Net, with its last loss."""
+def encoder(objective: str | None, width: int, layers: int) -> TextEncoder:
+    """The encoder, pre-trained and frozen unless it is to learn with the U-Net."""
     if objective is None:
         torch.manual_seed(0)
-        return TextEncoder(VOCABULARY, LONGEST, width, layers), None
-    for reader, loss in tqdm(text_encoder.train(objective, PRETRAINING, width, layers), total=PRETRAINING):  # noqa: B007
+        return TextEncoder(VOCABULARY, LONGEST, width, layers)
+    steps = SETTINGS["pretraining"]
+    for reader, _ in tqdm(text_encoder.train(objective, steps, width, layers), total=steps):  # noqa: B007
         pass
-    return reader.eval(), loss
+    return reader.eval().requires_grad_(False)
 
 
-def train(reader: TextEncoder, jointly: bool) -> Denoiser:
-    """The averaged model after STEPS steps of the recipe of the shipped one, but for what it reads."""
-    recipe = Recipe.load("scenes")
-    shipped = recipe.denoiser()
+def train(reader: TextEncoder, recipe: Recipe) -> Denoiser:
+    """The averaged model; an encoder that is not pre-trained learns, too, by the same optimiser."""
+    like = recipe.denoiser()
+    learns = any(p.requires_grad for p in reader.parameters())
     torch.manual_seed(0)
     network = TextUNet(reader, UNet(**asdict(recipe.network), text_channels=reader.width))
-    network.encoder.requires_grad_(jointly)
-    images, captions = scenes(SCENES, family="pairs")
+    network.encoder.requires_grad_(learns)
+    images, captions = scenes(SETTINGS["scenes"], family="pairs")
+    steps = SETTINGS["steps"]
     trainer = Trainer(
-        Denoiser(network, shipped.schedule, shipped.predicts),
+        Denoiser(network, like.schedule, like.predicts),
         images,
         reader.tokenise(captions),
-        **recipe.trainer_options() | {"decay_steps": STEPS, "ema_decay": 0.995},
+        **recipe.trainer_options() | {"decay_steps": steps, "ema_decay": 0.995},
     )
-    for _ in tqdm(trainer.run(STEPS), total=STEPS):
+    for _ in tqdm(trainer.run(steps), total=steps):
         pass
     return trainer.ema
 
 
-def measure(model: Denoiser, eye: nn.Module) -> dict:
+def judged(model: Denoiser, eye: nn.Module) -> dict:
     figures = {}
     for split in ("test", "held-out pairs"):
-        images, captions = scenes(500, split, seed=1, family="pairs")
+        images, captions = scenes(SETTINGS["captions"], split, seed=1, family="pairs")
         drawn = draw(model, captions)
-        verdicts = [satisfies(image, caption) for image, caption in zip(drawn, captions)]
-        names = dict.fromkeys(name for verdict in verdicts for name in verdict)
-        found = {name: [verdict[name] for verdict in verdicts if name in verdict] for name in names}
-        figures[split] = {name: sum(values) / len(values) for name, values in found.items()}
         with torch.no_grad():
-            figures[split]["frechet"] = frechet_distance(eye(drawn), eye(images / 127.5 - 1))
+            distance = frechet_distance(eye(drawn), eye(images / 127.5 - 1))
+        figures[split] = measure(iter(drawn), captions) | {"frechet": distance}
     return figures
 
 
@@ -92,7 +88,8 @@ def draw(model: Denoiser, captions: list[str]) -> Tensor:
     tokens = model.network.encoder.tokenise(captions)
     noise = torch.randn(len(captions), 3, 32, 32, generator=torch.Generator().manual_seed(0))
     parts = [
-        sample(Guided(model, WEIGHT), x_T=x, condition=c, **WALK) for x, c in zip(noise.split(250), tokens.split(250))
+        sample(Guided(model, SETTINGS["weight"]), x_T=x, condition=c, steps=SETTINGS["walk"], eta=0.0)
+        for x, c in zip(noise.split(250), tokens.split(250))
     ]
     return torch.cat(parts).clamp(-1, 1)
 
@@ -114,14 +111,21 @@ def judge() -> nn.Module:
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     eye = judge()
+    shipped = Recipe.load("scenes")
     for name in names:
-        objective, width, layers = VARIANTS[name]
-        reader, loss = encoder(objective, width, layers)
-        figures = measure(train(reader, objective is None), eye)
-        row = {"pretraining": objective, "width": width, "layers": layers, "loss": loss, **figures}
-        row["parameters"] = sum(p.numel() for p in reader.parameters())
-        rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        write_file(RESULTS, (json.dumps(rows | {name: rounded(row)}, indent=1) + "\n").encode())
+        settings = SHIPPED | VARIANTS[name]
+        reader = encoder(*(settings[key] for key in ("objective", "width", "layers")))
+        recipe = replace(
+            shipped,
+            network=replace(shipped.network, coordinates=settings["coordinates"]),
+            noise=replace(shipped.noise, snr_scale=settings["snr_scale"]),
+        )
+        row = settings | {"weights": sum(p.numel() for p in reader.parameters())} | judged(train(reader, recipe), eye)
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        if results.get("settings") != SETTINGS:
+            results = {"settings": SETTINGS, "rows": {}}
+        results["rows"][name] = rounded(row)
+        write_file(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -201,9 +201,17 @@ def test_a_function_makes_the_images_beside_from_those_of_the_batch():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A CLIP text model and a T5, tiny and random, with a tokeniser of whole words, as transformers stores them."""
+    """A CLIP text model, a T5 and a BERT, tiny and random, with a tokeniser, as transformers stores them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5Model
+    from transformers import (
+        BertConfig,
+        BertModel,
+        CLIPTextConfig,
+        CLIPTextModel,
+        PreTrainedTokenizerFast,
+        T5Config,
+        T5Model,
+    )
 
     torch.manual_seed(0)
     vocabulary = {word: i for i, word in enumerate(("<pad>", "<unk>", *WORDS))}
@@ -211,23 +219,18 @@ def folder(tmp_path_factory):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokeniser = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
     small = {"vocab_size": len(vocabulary), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
-    clip = CLIPTextConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        **small,
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = CLIPTextConfig(max_position_embeddings=8, **sizes, **small)
+    bert = BertConfig(max_position_embeddings=8, **sizes, **small)
     t5 = T5Config(d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0, **small)
     place = tmp_path_factory.mktemp("transformers")
-    for name, model in (("clip", CLIPTextModel(clip)), ("t5", T5Model(t5))):
+    for name, model in (("clip", CLIPTextModel(clip)), ("t5", T5Model(t5)), ("bert", BertModel(bert))):
         model.save_pretrained(place / name)
         tokeniser.save_pretrained(place / name)
     return place
 
 
-@pytest.mark.parametrize("name", ["clip", "t5"])
+@pytest.mark.parametrize("name", ["clip", "t5", "bert"])
 def test_an_encoder_of_transformers_takes_the_place_of_ours(folder, name, tmp_path):
     reader = PretrainedEncoder(folder / name, length=8)
     assert (reader.width, reader.length) == (16, 8)
@@ -246,6 +249,15 @@ def test_an_encoder_of_transformers_takes_the_place_of_ours(folder, name, tmp_pa
 
     with safe_open(path, "pt") as file:
         assert not any(key.startswith("encoder") for key in file.keys())
+
+
+@pytest.mark.parametrize("name", ["clip", "t5", "bert"])
+def test_the_words_of_an_encoder_of_transformers_do_not_see_the_padding(folder, name):
+    short, long = (PretrainedEncoder(folder / name, length=length) for length in (6, 8))
+    with torch.no_grad():
+        features = short(short.tokenise(CAPTIONS[:1])), long(long.tokenise(CAPTIONS[:1]))
+    words = int((short.tokenise(CAPTIONS[:1]) > 0).sum())
+    torch.testing.assert_close(features[0][:, :words], features[1][:, :words], rtol=0, atol=1e-5)
 
 
 def test_a_table_has_a_one_for_each_thing_that_is_there():

@@ -273,8 +273,8 @@ def test_denormal_numbers_are_zero_in_a_step_and_then_as_before(before):
 
 
 def test_a_weight_cap_caps_the_loss():
-    """SNR + 1 is above 1, so that caps below 1 are the weights themselves."""
-    low, twice, paper = (next(trainer(weight_cap=cap).run(1)).losses for cap in (0.1, 0.2, None))
+    """Caps below the square root of all SNRs are the weights themselves."""
+    low, twice, paper = (next(trainer(weight_cap=cap).run(1)).losses for cap in (1e-4, 2e-4, None))
     torch.testing.assert_close(twice, 2 * low)
     assert not torch.allclose(paper, low)
 
