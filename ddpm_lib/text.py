@@ -13,6 +13,11 @@ from .unet import UNet
 HEADS = 4  # of every layer of the encoder
 
 
+def in_words(caption: str) -> list[str]:
+    """The words of a caption in small letters, each comma one of them."""
+    return caption.lower().replace(",", " , ").split()
+
+
 class TextEncoder(nn.Module):
     """A small transformer that reads captions of known words.
 
@@ -57,7 +62,7 @@ class TextEncoder(nn.Module):
         """
         tokens = torch.zeros(len(captions), self.length, dtype=torch.long)
         for row, caption in zip(tokens, captions):
-            words = caption.lower().replace(",", " , ").split()
+            words = in_words(caption)
             if len(words) > self.length:
                 raise ValueError(f"a caption may have {self.length} words; {caption!r} has {len(words)}.")
             for i, word in enumerate(words):

@@ -38,7 +38,7 @@ from ddpm_lib.scenes import (
     plural,
     scenes,
 )
-from ddpm_lib.text import TextEncoder
+from ddpm_lib.text import TextEncoder, in_words
 
 SCENES = 60_000
 BATCH = 256
@@ -78,7 +78,7 @@ def described(scene: Scene, caption: str) -> list[list[float]]:
     A word belongs to the next object that the caption names; behind the last one it belongs to none.
     """
     of_scene, rows = marks(QUESTIONS[:3], answers(scene)), []
-    words = caption.replace(",", " ,").split()
+    words = in_words(caption)
     for end, word in enumerate(words, start=1):
         if word in SHAPE_OF:
             named = (SHAPE_OF[word], words[end - 2])

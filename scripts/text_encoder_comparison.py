@@ -29,7 +29,7 @@ from scripts.training_signals import rounded
 
 RESULTS = Path(__file__).parent.parent / "ddpm_lib" / "datasets" / "text_encoders.json"
 SETTINGS = {"steps": 1500, "scenes": 60_000, "pretraining": 2000, "captions": 500, "weight": 1.0, "walk": 20}
-SHIPPED = {"objective": "objects", "width": 64, "layers": 2, "coordinates": True, "snr_scale": 1 / 32}
+ENCODER = {"objective": "objects", "width": 64, "layers": 2}  # the shipped one
 VARIANTS = {  # how the encoder learned to read (None: with the U-Net), or what else differs from the shipped model
     **{name: {"objective": name} for name in ("words", "pictures", "names", "tables", "objects")},
     "joint": {"objective": None},
@@ -112,8 +112,9 @@ def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     eye = judge()
     shipped = Recipe.load("scenes")
+    usual = ENCODER | {"coordinates": shipped.network.coordinates, "snr_scale": shipped.noise.snr_scale}
     for name in names:
-        settings = SHIPPED | VARIANTS[name]
+        settings = usual | VARIANTS[name]
         reader = encoder(*(settings[key] for key in ("objective", "width", "layers")))
         recipe = replace(
             shipped,
