@@ -13,7 +13,7 @@ ITERATIONS = 5
 
 
 class Muon(Optimizer):
-    """Momentum made orthogonal, for weights of two or more dimensions; Adam for all others.
+    """Momentum made orthogonal, for weights of two or more dimensions; Adam for all others, and for embeddings.
 
     The gradient's running mean M, a matrix with a row for each output, is replaced by about U V^T, where M = U S V^T,
     and the step is as long as one of Adam's usually is: ``0.2 lr sqrt(max(rows, columns))`` times that.
@@ -23,8 +23,10 @@ class Muon(Optimizer):
         lr: learning rate of both.
         betas: of Adam.
         momentum: weight of the old mean of the gradient.
+        embeddings: those parameters of two dimensions whose rows belong to words or classes. They are no maps, and
+            most rows of a gradient are 0.
 
-    Source: Jordan et al. (2024), Muon; the length of the step: Liu et al. (2025), Muon is scalable, equation 4.
+    Source: Jordan et al. (2024), Muon, who leave embeddings to Adam; the length of the step: Liu et al. (2025), Muon is scalable, equation 4.
     """
 
     EPS = 1e-8  # of Adam
@@ -35,15 +37,21 @@ class Muon(Optimizer):
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         momentum: float = 0.95,
+        embeddings: Iterable[Tensor] = (),
     ):
         super().__init__(parameters, {"lr": lr, "betas": betas, "momentum": momentum})
+        self.embeddings = list(embeddings)
+
+    def is_map(self, p: Tensor) -> bool:
+        """Whether a parameter moves by orthogonal steps."""
+        return p.ndim > 1 and not any(p is embedding for embedding in self.embeddings)
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    (self._matrix_step if p.ndim > 1 else self._adam_step)(p, group)
+                    (self._matrix_step if self.is_map(p) else self._adam_step)(p, group)
 
     def _matrix_step(self, p: Tensor, group: dict) -> None:
         mean = self.state[p].setdefault("momentum", torch.zeros_like(p))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import CheckpointError, check_fit, denoiser_config, read_checkpoint, write_checkpoint
@@ -190,7 +190,8 @@ class Trainer:
         )
         rates = {"lr": learning_rate, "betas": (0.9, beta_2)}
         if optimiser == "muon":
-            self.optimiser = Muon(self.parameters, **rates)
+            tables = [part.weight for part in denoiser.modules() if isinstance(part, nn.Embedding)]
+            self.optimiser = Muon(self.parameters, **rates, embeddings=tables)
         else:
             self.optimiser = torch.optim.Adam(self.parameters, **rates, fused=self.device.type != "mps")
         self.step = 0
@@ -348,7 +349,7 @@ class Trainer:
 
     def _state_like(self, p: Tensor) -> dict[str, Tensor]:
         """What the optimiser keeps for a parameter, in shape."""
-        if isinstance(self.optimiser, Muon) and p.ndim > 1:
+        if isinstance(self.optimiser, Muon) and self.optimiser.is_map(p):
             return {"momentum": p}
         return {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
 

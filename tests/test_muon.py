@@ -51,12 +51,14 @@ def test_a_convolution_is_a_matrix_with_a_row_for_each_output():
     torch.testing.assert_close(weight.flatten(1), flat)
 
 
-def test_vectors_move_as_with_the_adam_of_pytorch():
-    ours, theirs = normal(9).requires_grad_(), normal(9).requires_grad_()
-    mine, adam = Muon([ours], lr=1e-2, betas=(0.8, 0.95)), torch.optim.Adam([theirs], lr=1e-2, betas=(0.8, 0.95))
+@pytest.mark.parametrize("shape", [(9,), (7, 3)], ids=["vector", "embedding"])
+def test_vectors_and_embeddings_move_as_with_the_adam_of_pytorch(shape):
+    ours, theirs = normal(*shape).requires_grad_(), normal(*shape).requires_grad_()
+    mine = Muon([ours], lr=1e-2, betas=(0.8, 0.95), embeddings=[ours] if len(shape) == 2 else [])
+    adam = torch.optim.Adam([theirs], lr=1e-2, betas=(0.8, 0.95))
     for i in range(5):
         for p, optimiser in ((ours, mine), (theirs, adam)):
-            p.grad = normal(9, seed=i)
+            p.grad = normal(*shape, seed=i)
             optimiser.step()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
 

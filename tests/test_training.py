@@ -62,7 +62,7 @@ EVERYTHING = {"labels": True, "dropout": 0.3, "condition_dropout": 0.4, "decay_s
         {"precision": "bfloat16", "dropout": 0.1, "batch_size": 25},
         {"precision": "float16", "dropout": 0.1, "flip": True},
         {"accumulate": 2, "dropout": 0.3, "channels_last": True},
-        {"optimiser": "muon", "dropout": 0.3},
+        {"optimiser": "muon", "dropout": 0.3, "labels": True},
     ],
     ids=[
         "plain",
@@ -92,6 +92,14 @@ def test_2n_steps_are_n_steps_a_stop_and_n_steps(tmp_path, options, n):
         assert (ours.step, ours.learning_rate) == (theirs.step, theirs.learning_rate)
         for name in ("t", "losses", "grad_norm"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_muon_leaves_the_embedding_of_classes_to_adam():
+    ours = trainer(labels=True, optimiser="muon")
+    run(ours, 1)
+    state = dict(zip(ours.parameters, ours.optimiser.state_dict()["state"].values(), strict=True))
+    assert state.pop(ours.denoiser.network.label.weight).keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert all((p.ndim > 1) == ("momentum" in values) for p, values in state.items())
 
 
 def test_resuming_twice_gives_the_same_file(tmp_path):
