@@ -26,7 +26,8 @@ class Muon(Optimizer):
         embeddings: those parameters of two dimensions whose rows belong to words or classes. They are no maps, and
             most rows of a gradient are 0.
 
-    Source: Jordan et al. (2024), Muon, who leave embeddings to Adam; the length of the step: Liu et al. (2025), Muon is scalable, equation 4.
+    Source: Jordan et al. (2024), Muon, who leave embeddings to Adam; the length of the step: Liu et al. (2025), Muon is
+    scalable, equation 4.
     """
 
     EPS = 1e-8  # of Adam
