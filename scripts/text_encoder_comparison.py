@@ -36,7 +36,7 @@ SETTINGS = {
     "pretraining": 2000,
     "judge": 1000,
     "steps": 2000,
-    "looks": 4,
+    "looks": 5,
     "captions": 500,
     "weight": 1.0,
     "walk": 20,
