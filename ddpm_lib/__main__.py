@@ -114,7 +114,7 @@ def sample(
 def evaluate(
     model: Model,
     dataset: Annotated[
-        Literal["digits", "mnist", "fashion-mnist", "cifar10", "scenes", "image-folder"], tyro.conf.Positional
+        Literal["digits", "emoji", "mnist", "fashion-mnist", "cifar10", "scenes", "image-folder"], tyro.conf.Positional
     ],
     root: Path | None = None,
     number: int = 1000,

@@ -1,4 +1,4 @@
-"""Images to learn from: the digits that come with the package, public data sets, folders of pictures; points too.
+"""Images to learn from: digits and emoji that come with the package, public data sets, folders of pictures; points.
 
 The files of public data sets are looked for in ``root``, then in the folder that the environment variable DDPM_DATA
 names, then in ``~/.cache/ddpm_lib``, where they are downloaded if they are nowhere. Under each of these they may lie on
@@ -34,6 +34,7 @@ SPIRAL_STD = torch.tensor([4.7820, 4.2307])
 TRAIN = 1347  # of the 1,797 digits; the file stores them in a fixed shuffled order
 
 SCENES = {"train": 60_000, "test": 2_000}  # how many are drawn
+EMOJI_HELD_OUT = 8  # one in so many of the emoji with a skin tone
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 UNPACKED = 1 << 30  # bytes; no file read here unpacks to more
@@ -53,9 +54,9 @@ def load_images(
 ) -> tuple[Tensor, Tensor | list[str] | None]:
     """Images (N, C, H, W) and labels (N,), or captions, or None where there are neither, of a data set by its name.
 
-    ``dataset`` is 'digits', 'mnist', 'fashion-mnist', 'cifar10', 'scenes' or 'image-folder'. Images are uint8 in
-    0..255; those of digits are float32 in [-1, 1]. 'image-folder' needs ``root``, its folder, and ``image_size``; all
-    its images are the split 'train'. The others have a size of their own, which ``image_size`` may state.
+    ``dataset`` is 'digits', 'emoji', 'mnist', 'fashion-mnist', 'cifar10', 'scenes' or 'image-folder'. Images are uint8
+    in 0..255; those of digits are float32 in [-1, 1]. 'image-folder' needs ``root``, its folder, and ``image_size``;
+    all its images are the split 'train'. The others have a size of their own, which ``image_size`` may state.
 
     Raises:
         DataError: the data are absent or damaged.
@@ -68,9 +69,9 @@ def load_images(
             raise ValueError(f"an image-folder has the split 'train' only; got {split!r}.")
         return image_folder(root, image_size)
     loaders = {"mnist": mnist, "fashion-mnist": fashion_mnist, "cifar10": cifar10}
-    drawn = {"digits": digits, "scenes": _scenes}
+    drawn = {"digits": digits, "emoji": emoji, "scenes": _scenes}
     if dataset not in drawn | loaders:
-        known = ", ".join(["digits", *loaders, "scenes", "image-folder"])
+        known = ", ".join(["digits", "emoji", *loaders, "scenes", "image-folder"])
         raise ValueError(f"dataset must be one of {known}; got {dataset!r}.")
     images, labels = drawn[dataset](split) if dataset in drawn else loaders[dataset](split, root)
     size = images.shape[-1]
@@ -97,6 +98,28 @@ def digits(split: str = "train") -> tuple[Tensor, Tensor]:
         stored = np.load(file, allow_pickle=False)
         images, labels = stored["images"][parts[split]], stored["labels"][parts[split]]
     return torch.from_numpy(images).float()[:, None] / 8 - 1, torch.from_numpy(labels).long()
+
+
+def emoji(split: str = "train") -> tuple[Tensor, list[str]]:
+    """Faces, hands and persons from a font: pictures (N, 3, 32, 32) uint8 in 0..255 on white, with their names.
+
+    A name such as 'woman firefighter, medium-dark skin tone' joins what is shown with one of five skin tones. ``split``
+    is 'train' (1,720 pictures), 'test' (180, each of which 'train' has in other tones) or 'all'.
+
+    Source: Noto Color Emoji (Google), names of Unicode's Common Locale Data Repository; the file is made by
+    ``scripts.emoji_data``.
+    """
+    if split not in ("train", "test", "all"):
+        raise ValueError(f"split must be 'train', 'test' or 'all'; got {split!r}.")
+    with (resources.files(__package__) / "datasets" / "emoji.npz").open("rb") as file:
+        stored = np.load(file, allow_pickle=False)
+        images, names = stored["images"], [str(name).replace(":", ",") for name in stored["names"]]
+    taken = [i for i, name in enumerate(names) if split in ("all", "test" if _held_out_emoji(name) else "train")]
+    return torch.from_numpy(images[taken]).permute(0, 3, 1, 2).contiguous(), [names[i] for i in taken]
+
+
+def _held_out_emoji(name: str) -> bool:
+    return "skin tone" in name and zlib.crc32(name.encode()) % EMOJI_HELD_OUT == 0
 
 
 def mnist(split: str = "train", root: str | Path | None = None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checkpoint import shipped_names
 from .classifier import Classifier, pretrained_classifier
-from .data import as_floats, load_images
+from .data import as_floats, emoji, load_images
 from .degradation import GIVEN
 from .guidance import Guided
 from .inception import Inception
@@ -43,7 +43,8 @@ def evaluate(
     Frechet distance to training images in its features, and beside it that of real held-out images, the floor; their
     precision and recall. From the classifier that the package ships for a data set, for a class-conditional model
     also the share of samples that it reads as the class asked for, and of held-out images that it reads right. For a
-    model that draws captions of scenes, the share of samples that show their whole caption, and of held-out images.
+    model that draws captions of scenes, the share of samples that show their whole caption, and of held-out images; of
+    emoji, the share to which no other emoji is nearer than the one asked for.
     For a model that is shown a part of each image, the peak signal-to-noise ratio of its samples, one for each held-out
     image, in decibels.
 
@@ -65,7 +66,7 @@ def evaluate(
     images, labels = load_images(dataset, split, root=root, image_size=size)
     images = as_floats(images[:number]).to(device)
     classes = denoiser.network.config["classes"]
-    captions = labels[:number] if dataset == "scenes" and "encoder" in denoiser.network.config else None
+    captions = labels[:number] if isinstance(labels, list) and "encoder" in denoiser.network.config else None
     if captions is not None:
         conditions = denoiser.network.encoder.tokenise(captions).to(device)
     elif given is not None:
@@ -77,8 +78,9 @@ def evaluate(
     walk = {"steps": steps, "eta": eta, "variance": variance}
     if captions is not None:
         drawn = _draw(walker, images.shape, conditions, seed, **walk)
-        figures["captions shown, samples"] = _share_shown(drawn, captions)
-        figures["captions shown, held-out"] = _share_shown(images, captions)
+        shown = _share_shown if dataset == "scenes" else _share_nearest
+        figures["captions shown, samples"] = shown(drawn, captions)
+        figures["captions shown, held-out"] = shown(images, captions)
         return figures
     if given is not None:
         drawn = _draw(walker, images.shape, conditions, seed, **walk)
@@ -149,3 +151,10 @@ def _features(judge: Classifier | Inception, images: Tensor) -> Tensor:
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(1) == labels).double().mean())
+
+
+def _share_nearest(images: Tensor, names: list[str]) -> float:
+    """Share of the pictures that are nearer to the emoji of this name than to any other."""
+    every, known = emoji("all")
+    nearest = torch.cdist(images.flatten(1).cpu(), as_floats(every).flatten(1)).argmin(1)
+    return sum(known[i] == name for i, name in zip(nearest, names)) / len(names)

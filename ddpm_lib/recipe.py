@@ -20,7 +20,7 @@ from .unet import UNet
 
 @dataclass(frozen=True)
 class Data:
-    dataset: Literal["digits", "mnist", "fashion-mnist", "cifar10", "scenes", "image-folder"]
+    dataset: Literal["digits", "emoji", "mnist", "fashion-mnist", "cifar10", "scenes", "image-folder"]
     """What to train on."""
     root: Path | None = None
     """Where the files lie; without it: $DDPM_DATA, then the cache, then a download."""

@@ -1,6 +1,6 @@
-"""Train a text encoder for captioned scenes, before any picture is drawn: ``python -m scripts.text_encoder FILE``.
+"""Train a text encoder before any picture is drawn: ``python -m scripts.text_encoder FILE``.
 
-Five ways to learn to read:
+Five ways to learn to read captioned scenes; the last two need no labels, and serve for emoji, too:
 
 - ``objects``: the feature of each word is to describe the object that the word belongs to, 1 for its shape, colour,
   size and place and 0 for what it is not, and to tell the background, the order and the number. It uses what only the
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpm_lib.checkpoint import save_text_encoder
+from ddpm_lib.data import emoji
 from ddpm_lib.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -89,7 +90,7 @@ def described(scene: Scene, caption: str) -> list[list[float]]:
     return rows + [marks(OF_AN_OBJECT, 4 * [None]) + of_scene] * (LONGEST - len(rows))
 
 
-def objects(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
+def objects(encoder: TextEncoder, tokens: Tensor, _: Tensor) -> tuple[nn.Module, Loss]:
     wanted = torch.tensor([described(scene, caption) for scene, caption in captioned_scenes(SCENES)])
     part = wanted.shape[2]
 
@@ -99,7 +100,7 @@ def objects(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
     return nn.Module(), loss
 
 
-def tables(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
+def tables(encoder: TextEncoder, tokens: Tensor, _: Tensor) -> tuple[nn.Module, Loss]:
     wanted = torch.tensor([table(scene) for scene, _ in captioned_scenes(SCENES)])
     part = wanted.shape[1]
 
@@ -109,7 +110,7 @@ def tables(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
     return nn.Module(), loss
 
 
-def names(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
+def names(encoder: TextEncoder, tokens: Tensor, _: Tensor) -> tuple[nn.Module, Loss]:
     choices = [[*words, None] for words in QUESTIONS]
     asked = [answers(scene) for scene, _ in captioned_scenes(SCENES)]
     right = torch.tensor([[known.index(word) for known, word in zip(choices, words)] for words in asked])
@@ -122,8 +123,7 @@ def names(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
     return heads, loss
 
 
-def pictures(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
-    images = scenes(SCENES)[0]
+def pictures(encoder: TextEncoder, tokens: Tensor, images: Tensor) -> tuple[nn.Module, Loss]:
     eye = nn.Sequential(
         *(nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()),
         *(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU()),
@@ -141,8 +141,8 @@ def pictures(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
     return parts, loss
 
 
-def words(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
-    head = nn.Linear(encoder.width, len(VOCABULARY) + 1)
+def words(encoder: TextEncoder, tokens: Tensor, _: Tensor) -> tuple[nn.Module, Loss]:
+    head = nn.Linear(encoder.width, len(encoder.number) + 1)
 
     def loss(batch: Tensor) -> Tensor:
         whole = tokens[batch]
@@ -155,18 +155,21 @@ def words(encoder: TextEncoder, tokens: Tensor) -> tuple[nn.Module, Loss]:
 OBJECTIVES = {"objects": objects, "tables": tables, "names": names, "pictures": pictures, "words": words}
 
 
-def train(objective: str, steps: int, width: int, layers: int, seed: int = 0) -> Iterator[tuple[TextEncoder, float]]:
+def train(
+    objective: str, steps: int, width: int, layers: int, seed: int = 0, dataset: str = "scenes"
+) -> Iterator[tuple[TextEncoder, float]]:
     """The encoder after each step, with the loss of that step; to be used when all steps are done."""
+    images, captions = scenes(SCENES) if dataset == "scenes" else emoji()
     torch.manual_seed(seed)
-    encoder = TextEncoder(VOCABULARY, LONGEST, width, layers)
-    tokens = encoder.tokenise([caption for _, caption in captioned_scenes(SCENES)])
-    extra, loss = OBJECTIVES[objective](encoder, tokens)
+    encoder = TextEncoder(*language(dataset), width, layers)
+    tokens = encoder.tokenise(captions)
+    extra, loss = OBJECTIVES[objective](encoder, tokens, images)
     parameters = [*encoder.parameters(), *extra.parameters()]
     optimiser = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     set_dropout(encoder, DROPOUT)
     for _ in range(steps):
-        value = loss(torch.randint(SCENES, (BATCH,)))
+        value = loss(torch.randint(len(captions), (BATCH,)))
         optimiser.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -174,6 +177,14 @@ def train(objective: str, steps: int, width: int, layers: int, seed: int = 0) ->
         schedule.step()
         yield encoder, value.item()
     set_dropout(encoder, 0.0)
+
+
+def language(dataset: str) -> tuple[list[str], int]:
+    """The words of all captions, and how many the longest has."""
+    if dataset == "scenes":
+        return VOCABULARY, LONGEST
+    captions = [in_words(name) for name in emoji("all")[1]]
+    return sorted({word for words in captions for word in words}), max(map(len, captions))
 
 
 def set_dropout(encoder: TextEncoder, share: float) -> None:
@@ -185,12 +196,14 @@ def set_dropout(encoder: TextEncoder, share: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
+    parser.add_argument("--dataset", default="scenes", choices=("scenes", "emoji"))
     parser.add_argument("--objective", default="objects", choices=OBJECTIVES)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     options = parser.parse_args()
-    bar = tqdm(train(options.objective, options.steps, options.width, options.layers), total=options.steps)
+    learning = train(options.objective, options.steps, options.width, options.layers, dataset=options.dataset)
+    bar = tqdm(learning, total=options.steps)
     for encoder, value in bar:  # noqa: B007
         bar.set_postfix(loss=f"{value:.4f}", refresh=False)
     save_text_encoder(encoder.eval(), options.file)

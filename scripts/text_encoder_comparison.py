@@ -130,8 +130,8 @@ def judge() -> nn.Module:
     """The network that sees, from training with captions, with features that no encoder under test has touched."""
     torch.manual_seed(2)
     reader = TextEncoder(VOCABULARY, LONGEST, 64, 2)
-    tokens = reader.tokenise(scenes(text_encoder.SCENES)[1])
-    parts, loss = text_encoder.pictures(reader, tokens)
+    images, captions = scenes(text_encoder.SCENES)
+    parts, loss = text_encoder.pictures(reader, reader.tokenise(captions), images)
     optimiser = torch.optim.Adam([*reader.parameters(), *parts.parameters()], lr=1e-3)
     for _ in tqdm(range(SETTINGS["judge"])):
         optimiser.zero_grad()

@@ -34,7 +34,7 @@ from tiny_data import (
 )
 
 from ddpm_lib import Gaussian, data, digits, download, pretrained, pretrained_classifier, sample, spiral
-from ddpm_lib.data import cifar10, fashion_mnist, image_folder, load_images, mnist
+from ddpm_lib.data import cifar10, emoji, fashion_mnist, image_folder, load_images, mnist
 from ddpm_lib.download import DataError
 
 REAL = os.environ.get("DDPM_DATA", "")
@@ -88,6 +88,36 @@ def test_every_class_is_about_equally_frequent_in_both_parts():
     for split in ("train", "test"):
         counts = torch.bincount(digits(split)[1]).double()
         assert (counts / counts.mean() - 1).abs().max() < 0.25
+
+
+def test_emoji_are_pictures_on_white_with_names():
+    images, names = emoji("all")
+    assert images.shape == (len(names), 3, 32, 32) == (1900, 3, 32, 32)
+    assert images.dtype == torch.uint8
+    assert len(set(names)) == len(names)
+    assert (images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]] > 200).float().mean() > 0.95  # their corners
+    assert "woman firefighter, medium-dark skin tone" in names
+
+
+def test_no_emoji_of_the_test_part_is_in_training_but_all_are_there_in_another_tone():
+    tone = re.compile(", (?:medium-)?(?:light|dark|medium) skin tone")
+    (images, train), (held_out, test), (whole, names) = (emoji(split) for split in ("train", "test", "all"))
+    assert len(images) == 1720
+    assert sorted(train + test) == sorted(names)
+    assert not set(train) & set(test)
+    assert {tone.sub("", name) for name in test} <= {tone.sub("", name) for name in train}
+    assert all(tone.search(name) for name in test)
+    for parts, told in ((images, train), (held_out, test)):
+        assert torch.equal(parts[-1], whole[names.index(told[-1])])
+
+
+def test_the_darkest_tone_is_darker_than_the_lightest():
+    images, names = emoji("all")
+    brightness = dict(zip(names, images.float().mean((1, 2, 3)).tolist()))
+    light, dark = ", light skin tone", ", dark skin tone"
+    toned = [name.removesuffix(light) for name in names if name.endswith(light)]
+    assert len(toned) > 200
+    assert [name for name in toned if brightness[name + light] <= brightness[name + dark]] == ["snowboarder"]  # masked
 
 
 def test_the_spiral_is_centred_with_unit_variances(generator):
@@ -346,7 +376,7 @@ def test_half_of_a_data_set_is_an_error_and_not_filled_up_from_elsewhere(own, ti
 @pytest.mark.parametrize(
     ("arguments", "given", "allowed"),
     [
-        ({"dataset": "imagenet"}, "'imagenet'", "digits, mnist, fashion-mnist, cifar10, scenes, image-folder"),
+        ({"dataset": "imagenet"}, "'imagenet'", "digits, emoji, mnist, fashion-mnist, cifar10, scenes, image-folder"),
         ({"dataset": "mnist", "split": "all"}, "'all'", "'train' or 'test'"),
         ({"dataset": "cifar10", "split": "valid"}, "'valid'", "'train' or 'test'"),
         ({"dataset": "digits", "split": "valid"}, "'valid'", "'train', 'test' or 'all'"),
