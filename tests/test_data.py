@@ -34,8 +34,9 @@ from tiny_data import (
 )
 
 from ddpm_lib import Gaussian, data, digits, download, pretrained, pretrained_classifier, sample, spiral
-from ddpm_lib.data import cifar10, emoji, fashion_mnist, image_folder, load_images, mnist
+from ddpm_lib.data import as_floats, cifar10, emoji, fashion_mnist, image_folder, load_images, mnist
 from ddpm_lib.download import DataError
+from ddpm_lib.evaluation import _share_nearest
 
 REAL = os.environ.get("DDPM_DATA", "")
 
@@ -118,6 +119,13 @@ def test_the_darkest_tone_is_darker_than_the_lightest():
     toned = [name.removesuffix(light) for name in names if name.endswith(light)]
     assert len(toned) > 200
     assert [name for name in toned if brightness[name + light] <= brightness[name + dark]] == ["snowboarder"]  # masked
+
+
+def test_each_emoji_is_nearest_to_itself_even_through_noise_and_others_are_not():
+    images, names = emoji("test")
+    seen = as_floats(images) + 0.2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    assert _share_nearest(seen, names) == 1
+    assert _share_nearest(seen, names[1:] + names[:1]) == 0
 
 
 def test_the_spiral_is_centred_with_unit_variances(generator):
