@@ -15,7 +15,7 @@ except ImportError:
     sys.exit("The command line needs more packages: pip install 'ddpm-lib[train]'")
 
 from . import plots, run
-from .checkpoint import load_denoiser, pretrained, save_denoiser, write_file
+from .checkpoint import save_denoiser, write_file
 from .cost import cost
 from .data import as_floats, picture
 from .degradation import GIVEN, grey
@@ -43,13 +43,11 @@ Model = Annotated[
 def load_model(model: str, device: str = "cpu") -> Denoiser:
     """The denoiser that a MODEL argument means: a path, or the name of a model that the package ships."""
     path = Path(model)
-    if (path / "checkpoints").is_dir():
-        return run.load_run(path, device)
-    if path.is_dir():
+    if path.is_dir() and not (path / "checkpoints").is_dir():
         return from_diffusers(path).to(device)
     if path.suffix in PICKLES or (path.suffix == ".safetensors" and is_port(path)):
         return from_pytorch_diffusion(path).to(device)
-    return load_denoiser(path, device) if path.suffix == ".safetensors" else pretrained(model, device)
+    return run.load_model(model, device)
 
 
 def sample(

@@ -112,6 +112,8 @@ class Training:
     """Memory layout that a GPU's convolutions prefer."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do about NaN: stop the run, or leave out that step."""
+    weights_from: str | None = None
+    """Weights to start from: those of a shipped model, of a run's folder, or of a .safetensors file."""
     seed: int = 0
     """Of the first weights and of all randomness in training."""
 
@@ -174,7 +176,8 @@ class Recipe:
     def trainer_options(self) -> dict:
         """Keyword arguments of ``Trainer``."""
         options = asdict(self.training) | {"flip": self.data.flip}
-        del options["steps"]
+        for name in ("steps", "weights_from"):
+            del options[name]
         return options
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import plots
-from .checkpoint import CheckpointError, load_denoiser, write_file
+from .checkpoint import CheckpointError, fit_state, load_denoiser, pretrained, write_file
 from .data import as_floats, load_images
 from .degradation import GIVEN
 from .prediction import Denoiser
@@ -75,6 +75,9 @@ def build(recipe: Recipe, device: torch.device) -> Trainer:
         )
     torch.manual_seed(recipe.training.seed)
     denoiser = recipe.denoiser()
+    if recipe.training.weights_from is not None:
+        start = load_model(recipe.training.weights_from).network.state_dict()
+        fit_state(denoiser.network, start, recipe.training.weights_from)
     conditions = _conditions(recipe, denoiser, labels)
     return Trainer(denoiser, images, conditions, **recipe.trainer_options(), device=device)
 
@@ -149,6 +152,14 @@ def load_run(folder: Path, device: str | torch.device = "cpu"):
         except CheckpointError:
             continue
     return load_denoiser(found[-1], device)
+
+
+def load_model(name: str, device: str | torch.device = "cpu") -> Denoiser:
+    """The denoiser of a run's folder, of a .safetensors file, or the one that the package ships under this name."""
+    path = Path(name)
+    if (path / "checkpoints").is_dir():
+        return load_run(path, device)
+    return load_denoiser(path, device) if path.suffix == ".safetensors" else pretrained(name, device)
 
 
 def draw(trainer: Trainer, recipe: Recipe, folder: Path) -> None:

@@ -1,9 +1,11 @@
-"""Does the model of captioned scenes draw what it is told? ``python -m scripts.scenes_results [MODEL.safetensors]``.
+"""Does the model of captioned scenes draw what it is told? ``python -m scripts.scenes_results [FIRST]``.
 
 Writes ddpm_lib/datasets/scenes_results.json, where the chapter on text to image reads it: for fresh captions of every
-split and family, and for several weights of guidance, the share of samples that show what their caption says, for each
-attribute and in full, as ``scene_reader`` reads them. About 25 minutes on one core, after each row the file is written;
-rows that are there already for this model are kept, so that a run that was stopped can go on.
+split and family, for several weights of guidance and for several walks, the share of samples that show what their
+caption says, for each attribute and in full, as ``scene_reader`` reads them. FIRST, a run's folder or a .safetensors
+file, is the model after the first part of its training, which is then measured, too. About half an hour on one core;
+after each row the file is written; rows that are there already for this model are kept, so that a run that was stopped
+can go on.
 """
 
 import json
@@ -15,30 +17,36 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm_lib import Denoiser, Guided, load_denoiser, sample
+from ddpm_lib import Denoiser, Guided, pretrained, sample
 from ddpm_lib.checkpoint import read_tensors, shipped, write_file
+from ddpm_lib.run import load_model
 from ddpm_lib.scene_reader import read_scene, satisfies
 from ddpm_lib.scenes import FAMILIES, SPLITS, scenes
 
 RESULTS = Path(__file__).parent.parent / "ddpm_lib" / "datasets" / "scenes_results.json"
-SETTINGS = {"captions": 500, "steps": 15, "eta": 0.0, "seed": 1}
+SETTINGS = {"captions": 500, "variance": "beta_tilde", "seed": 1}
+WALK = {"steps": 30, "eta": 1.0}
+WALKS = [{"steps": steps, "eta": eta} for steps in (10, 30, 100) for eta in (0.0, 1.0)]
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)
 BATCH = 100
 NONE_SUCH = ("held-out pairs", "counts")
 SAMPLED = [(split, family) for split in SPLITS[1:] for family in FAMILIES if (split, family) != NONE_SUCH]
 
 
-def rows() -> list[tuple[str, str, float]]:
-    """Split, family and weight of every row: all splits at weight 1, then the other weights on fresh captions."""
-    others = [("test", family, weight) for family in FAMILIES for weight in WEIGHTS if weight != 1.0]
-    return [(split, family, 1.0) for split, family in SAMPLED] + others
+def rows() -> list[dict]:
+    """What is sampled: all splits at weight 1, other weights on captions of the training law, other walks on pairs."""
+    usual = [{"split": split, "family": family, "weight": 1.0, **WALK} for split, family in SAMPLED]
+    of_law = [row for row in usual if row["split"] == "test"]
+    others = [row | {"weight": weight} for row in of_law for weight in WEIGHTS if weight != 1.0]
+    return usual + others + [of_law[0] | walk for walk in WALKS if walk != WALK]
 
 
-def draw(model: Denoiser, captions: list[str], weight: float) -> Iterator[Tensor]:
+def draw(model: Denoiser, captions: list[str], weight: float, steps: int, eta: float) -> Iterator[Tensor]:
     tokens = model.network.encoder.tokenise(captions)
     noise = torch.randn(len(captions), 3, 32, 32, generator=torch.Generator().manual_seed(SETTINGS["seed"]))
+    generator = torch.Generator().manual_seed(SETTINGS["seed"] + 1)
+    walk = {"steps": steps, "eta": eta, "variance": SETTINGS["variance"], "generator": generator}
     for x_T, condition in zip(noise.split(BATCH), tokens.split(BATCH)):
-        walk = {"steps": SETTINGS["steps"], "eta": SETTINGS["eta"]}
         yield from sample(Guided(model, weight), x_T=x_T, condition=condition, **walk)
 
 
@@ -56,24 +64,33 @@ def measure(images: Iterator[Tensor], captions: list[str]) -> dict[str, float]:
     return shares | {"rmse": round(sum(rmse) / len(rmse), 4)}
 
 
-def main(path: Path) -> None:
-    model, digest = load_denoiser(path), read_tensors(path)[0]["sha256"]
+def measured(model: Denoiser, row: dict) -> dict:
+    """The row with its figures."""
+    _, captions = scenes(SETTINGS["captions"], row["split"], SETTINGS["seed"], row["family"])
+    return row | measure(draw(model, captions, row["weight"], row["steps"], row["eta"]), captions)
+
+
+def real(split: str, family: str) -> dict:
+    """The figures of the scenes that the captions were written for."""
+    images, captions = scenes(SETTINGS["captions"], split, SETTINGS["seed"], family)
+    return {"split": split, "family": family, **measure((image / 127.5 - 1 for image in images), captions)}
+
+
+def main(first: str | None) -> None:
+    model, digest = pretrained("scenes"), read_tensors(shipped("scenes"))[0]["sha256"]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if (results.get("model"), results.get("settings")) != (digest, SETTINGS):
-        results = {"model": digest, "settings": SETTINGS, "real": [], "sampled": []}
-        for split, family in SAMPLED:
-            images, captions = scenes(SETTINGS["captions"], split, SETTINGS["seed"], family)
-            figures = measure((image / 127.5 - 1 for image in images), captions)
-            results["real"].append({"split": split, "family": family, **figures})
-    done = {(row["split"], row["family"], row["weight"]) for row in results["sampled"]}
-    for split, family, weight in tqdm([row for row in rows() if row not in done]):
-        _, captions = scenes(SETTINGS["captions"], split, SETTINGS["seed"], family)
-        figures = measure(draw(model, captions, weight), captions)
-        results["sampled"].append({"split": split, "family": family, "weight": weight, **figures})
+        results = {"model": digest, "settings": SETTINGS, "real": [real(*asked) for asked in SAMPLED], "sampled": []}
+    done = [{name: row[name] for name in rows()[0]} for row in results["sampled"]]
+    for row in tqdm([row for row in rows() if row not in done]):
+        results["sampled"].append(measured(model, row))
+        write_file(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+    if first is not None:
+        results["first part"] = measured(load_model(first), rows()[0])
         write_file(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
     for row in results["real"] + results["sampled"]:
         print(", ".join(f"{name} {value}" for name, value in row.items()))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if sys.argv[1:] else shipped("scenes"))
+    main(sys.argv[1] if sys.argv[1:] else None)

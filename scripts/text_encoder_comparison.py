@@ -150,17 +150,17 @@ def judged(model: Denoiser, split: str, eye: nn.Module) -> dict[str, float]:
 
 def measure(variant: dict, eye: nn.Module) -> dict:
     """A row of the results."""
-    shipped = Recipe.load("scenes")
-    usual = {"coordinates": shipped.network.coordinates, "snr_scale": shipped.noise.snr_scale, "seed": 0}
+    first = Recipe.load("scenes-layout")
+    usual = {"coordinates": first.network.coordinates, "snr_scale": first.noise.snr_scale, "seed": 0}
     settings = ENCODER | usual | variant
     reader = encoder(*(settings[name] for name in (*ENCODER, "seed")))
     network = replace(
-        shipped.network,
+        first.network,
         image_size=SETTINGS["size"],
-        channel_multipliers=shipped.network.channel_multipliers[:2],
+        channel_multipliers=first.network.channel_multipliers[:2],
         coordinates=settings["coordinates"],
     )
-    recipe = replace(shipped, network=network, noise=replace(shipped.noise, snr_scale=HALVED * settings["snr_scale"]))
+    recipe = replace(first, network=network, noise=replace(first.noise, snr_scale=HALVED * settings["snr_scale"]))
     course = []
     for seen, model in train(reader, recipe, settings["seed"]):
         course.append({"images": seen, **judged(model, "test", eye)})

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_lib import CheckpointError, run
+from ddpm_lib import CheckpointError, run, save_denoiser
 from ddpm_lib.recipe import Data, Network, Noise, Output, Recipe, Training
 from ddpm_lib.training import NonFiniteError
 
@@ -260,3 +260,33 @@ def test_a_network_is_shown_what_the_recipe_names():
     assert condition.shape == (8, 1, 8, 8)
     nearest = torch.cdist(inside, means).min(1).values
     assert (nearest < torch.cdist(means, means).median() / 3).all()
+
+
+def test_a_run_may_start_from_the_weights_of_another_model(tmp_path):
+    """A run's folder gives its averaged weights, a file and a name the weights that they stand for."""
+    run.train(recipe(4), tmp_path / "first", device="cpu")
+    first = run.load_run(tmp_path / "first")
+    save_denoiser(first, tmp_path / "first.safetensors")
+    for source in (tmp_path / "first", tmp_path / "first.safetensors"):
+        second = run.build(recipe(4, weights_from=str(source), seed=9), torch.device("cpu"))
+        for weights in (second.denoiser, second.ema):
+            assert all(torch.equal(a, b) for a, b in zip(weights.parameters(), first.parameters(), strict=True))
+    fresh = run.build(recipe(4, seed=3), torch.device("cpu"))
+    assert any(not torch.equal(a, b) for a, b in zip(fresh.denoiser.parameters(), first.parameters()))
+    assert second.step == 0
+
+
+def test_a_run_from_other_weights_stops_and_goes_on_to_the_same_bits(tmp_path):
+    run.train(recipe(4), tmp_path / "first", device="cpu")
+    second = recipe(4, weights_from=str(tmp_path / "first"), seed=9)
+    half = replace(second, training=replace(second.training, steps=2))
+    run.train(second, tmp_path / "whole", device="cpu")
+    run.train(half, tmp_path / "parts", device="cpu")
+    run.train(second, tmp_path / "parts", device="cpu")
+    whole, parts = (newest_bits(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[1][name], parts[1][name]) for name in whole[1])
+
+
+def test_weights_of_another_architecture_are_refused():
+    with pytest.raises(CheckpointError, match="fashion-mnist does not fit the model"):
+        run.build(recipe(4, weights_from="fashion-mnist"), torch.device("cpu"))
