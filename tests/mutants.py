@@ -766,50 +766,6 @@ MUTANTS = {
         "muon",
         "the step must be as long as one of Adam's",
     ),
-    # run.py
-    "weights to start from only read": Mutant(
-        "run.py",
-        "        fit_state(denoiser.network, start, recipe.training.weights_from)\n",
-        "        start\n",
-        "run",
-        "a run that should go on from another model began anew",
-    ),
-    # scene_posterior.py
-    "equal objects in different colours": Mutant(
-        "scene_posterior.py",
-        "colourings = [(colour,) * len(choices) for colour in choices[0]]",
-        "colourings = list(itertools.product(*choices))",
-        "scene_posterior",
-        "two equal circles left nine answers instead of three",
-    ),
-    "a blue circle is possible": Mutant(
-        "scene_posterior.py",
-        "if not HELD_OUT_OBJECTS.isdisjoint(objects):",
-        "if not objects:",
-        "scene_posterior",
-        "objects that no scene holds got a share of the posterior",
-    ),
-    "every pair is possible": Mutant(
-        "scene_posterior.py",
-        "all(a != b and not held_out_pair(a, b) for a, b in pairs)",
-        "all(a != b for a, b in pairs)",
-        "scene_posterior",
-        "pairs that no scene holds got a share of the posterior",
-    ),
-    "the whole sum of errors": Mutant(
-        "scene_posterior.py",
-        "for outcome in p.keys() | q.keys()) / 2",
-        "for outcome in p.keys() | q.keys())",
-        "scene_posterior",
-        "a total variation distance up to 2",
-    ),
-    "blotched objects are read": Mutant(
-        "scene_posterior.py",
-        "if near.float().mean() >= MOST else UNKNOWN",
-        "if near.float().mean() >= 0 else UNKNOWN",
-        "scene_posterior",
-        "an object of two colours counted as one of them",
-    ),
     # degradation.py and inverse.py
     "gain of a degradation forgotten": Mutant(
         "degradation.py",
