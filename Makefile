@@ -13,7 +13,7 @@ CHAPTERS = $(wildcard book/*.ipynb)
 INPUTS = $(sort $(wildcard ddpm_lib/*.py ddpm_lib/datasets/* ddpm_lib/models/*)) constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test unit chapters browser lint format notebooks mutants colab wheel digits digits-noisy-classifier fashion-mnist fashion-mnist-coarse fashion-mnist-blurred scenes-text address hooks clean
+.PHONY: help book serve test unit chapters browser lint format notebooks mutants colab wheel digits digits-noisy-classifier fashion-mnist fashion-mnist-coarse fashion-mnist-blurred scenes scenes-grey scenes-text address hooks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-23s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,19 +81,27 @@ digits-noisy-classifier: $(INSTALLED) ## train the shipped classifier of noisy d
 
 fashion-mnist: $(INSTALLED) ## train the shipped Fashion-MNIST model again (needs its data, see README)
 	OMP_NUM_THREADS=1 $(BIN)/python -m ddpm_lib train fashion-mnist --folder _build/fashion-mnist --device cpu
-	$(BIN)/python -m ddpm_lib export _build/fashion-mnist ddpm_lib/models/fashion-mnist.safetensors --half
+	$(BIN)/python -m ddpm_lib export _build/fashion-mnist ddpm_lib/models/fashion-mnist.safetensors --bits 16
 	$(BIN)/python -m scripts.model_card fashion-mnist
 
 fashion-mnist-coarse: $(INSTALLED) ## train the shipped model for super-resolution again (needs Fashion-MNIST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m ddpm_lib train $@ --folder _build/$@ --device cpu
-	$(BIN)/python -m ddpm_lib export _build/$@ ddpm_lib/models/$@.safetensors --half
+	$(BIN)/python -m ddpm_lib export _build/$@ ddpm_lib/models/$@.safetensors --bits 16
 
 fashion-mnist-blurred: $(INSTALLED) ## train the shipped model for deblurring again (needs Fashion-MNIST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m ddpm_lib train $@ --folder _build/$@ --device cpu
-	$(BIN)/python -m ddpm_lib export _build/$@ ddpm_lib/models/$@.safetensors --half
+	$(BIN)/python -m ddpm_lib export _build/$@ ddpm_lib/models/$@.safetensors --bits 16
 
 scenes-text: $(INSTALLED) ## train the shipped text encoder again
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.text_encoder ddpm_lib/models/scenes-text.safetensors
+
+scenes: $(INSTALLED) ## train the shipped model for text to image again
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 -m ddpm_lib train $@ --folder _build/$@ --device cpu
+	$(BIN)/python -m ddpm_lib export _build/$@ ddpm_lib/models/$@.safetensors --bits 8
+
+scenes-grey: $(INSTALLED) ## train the shipped model for colourisation again
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 -m ddpm_lib train $@ --folder _build/$@ --device cpu
+	$(BIN)/python -m ddpm_lib export _build/$@ ddpm_lib/models/$@.safetensors --bits 16
 
 address: ## carry the public address everywhere: make address REPOSITORY=owner/name
 	$(PYTHON) -m tools.address $(REPOSITORY)

@@ -154,7 +154,7 @@ def evaluate(
 def export(
     model: Model,
     to: Annotated[Path, tyro.conf.Positional],
-    half: bool = False,
+    bits: Literal[32, 16, 8] = 32,
     variance: Literal["beta", "beta_tilde"] = "beta",
     clip: bool = True,
 ) -> None:
@@ -162,13 +162,13 @@ def export(
 
     Args:
         to: what to write; of a run, the averaged weights.
-        half: store the weights of NAME.safetensors in float16, in half the space.
+        bits: in which NAME.safetensors stores each weight; 8 means whole numbers with a scale for each row.
         variance: with which diffusers' pipeline is to sample (the other two files leave that to whoever samples).
         clip: whether that pipeline is to clip its guess of the image to [-1, 1].
     """
     writers = {
         ".onnx": export_onnx,
-        ".safetensors": partial(save_denoiser, half=half),
+        ".safetensors": partial(save_denoiser, bits=bits),
         "": partial(to_diffusers, variance=variance, clip=clip),
     }
     if to.suffix not in writers:

@@ -164,24 +164,58 @@ def denoiser_config(denoiser: Denoiser) -> dict:
     }
 
 
-def save_denoiser(denoiser: Denoiser, path: str | Path, *, half: bool = False) -> None:
+def save_denoiser(denoiser: Denoiser, path: str | Path, *, bits: int = 32) -> None:
     """Write network weights, schedule and configuration to one safetensors file.
 
     Args:
         denoiser: with a UNet or a TextUNet.
         path: of the file.
-        half: store the weights in float16, in half the space; ``load_denoiser`` gives them back in float32, each
-            rounded by at most one part in 2,048 (and by 3e-8, where it is close to 0).
+        bits: 32, or fewer for a smaller file; ``load_denoiser`` gives all weights back in float32. With 16, each is
+            rounded by at most one part in 2,048 (and by 3e-8, where it is close to 0). With 8, the weights of two or
+            more dimensions are whole numbers in -127..127 times a scale for each row (of a layer, each output), so that
+            each is rounded by at most 1/254 of the largest in its row; all others stay as they are.
 
     Raises:
-        ValueError: the network is not a UNet, or a weight does not fit into float16.
+        ValueError: the network is not a UNet, bits is another number, or a weight does not fit into float16.
     """
-    weights = denoiser.network.state_dict()
-    if half:
-        weights = {name: weight.half() for name, weight in weights.items()}
-        if not all(weight.isfinite().all() for weight in weights.values()):
-            raise ValueError("a weight is larger than float16 can hold (65,504): save with half=False.")
+    if bits not in STORED:
+        raise ValueError(f"bits must be one of {', '.join(map(str, STORED))}; got {bits!r}.")
+    weights = STORED[bits](denoiser.network.state_dict())
     write_checkpoint(path, "denoiser", denoiser_config(denoiser), weights)
+
+
+def _in_16_bits(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    weights = {name: weight.half() for name, weight in weights.items()}
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise ValueError("a weight is larger than float16 can hold (65,504): save with bits=32.")
+    return weights
+
+
+def _in_8_bits(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    stored = {}
+    for name, weight in weights.items():
+        if weight.ndim < 2:
+            stored[name] = weight
+            continue
+        rows = weight.flatten(1).float()
+        scale = (rows.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        stored[name] = (rows / scale[:, None]).round().to(torch.int8).view(weight.shape)
+        stored[name + SCALE] = scale
+    return stored
+
+
+STORED = {32: dict, 16: _in_16_bits, 8: _in_8_bits}
+SCALE = ".scale"  # ends the name of the scales of a tensor that is stored in 8 bits
+
+
+def _from_8_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that ``_in_8_bits`` stored; all other tensors as they are."""
+    weights = dict(tensors)
+    for name, whole in tensors.items():
+        scale = tensors.get(name + SCALE)
+        if whole.dtype == torch.int8 and whole.ndim > 1 and scale is not None and scale.shape == whole.shape[:1]:
+            weights[name] = whole * weights.pop(name + SCALE).view(-1, *[1] * (whole.ndim - 1))
+    return weights
 
 
 def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
@@ -191,6 +225,7 @@ def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoi
         if "denoiser" in config:
             config = config["denoiser"]
             tensors = {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")}
+        tensors = _from_8_bits(tensors)
         plan = plan_network(config["network"], len(tensors))
         denoiser = Denoiser(plan, Schedule.from_config(config["schedule"]), config["predicts"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -129,6 +129,8 @@ def _unet_config(config: dict) -> dict:
         raise ValueError("diffusers' UNet2DModel is not lean: it has one block more on the way up than down.")
     if config["coordinates"]:
         raise ValueError("diffusers' UNet2DModel sees no coordinates.")
+    if config["heads"]:
+        raise ValueError("diffusers' UNet2DModel does not normalise queries and keys: heads must be None.")
     if config["adaptive_norm"]:
         raise ValueError("diffusers' UNet2DModel has no such network: its adaptive norm lacks one in the middle block.")
     if base == 2:
@@ -306,7 +308,7 @@ def _unet_options(config: dict, where: str) -> dict:
     attending = {width for width, attend in zip(widths, attends) if attend} | {widths[-1]}
     same = {"attn_norm_num_groups": groups, "time_embedding_dim": 4 * widths[0], "act_fn": "swish", "sample_size": size}
     same |= {"attention_head_dim": widths[-1]} if len(attending) == 1 else {}
-    unused = ("text_channels", "image_channels", "adaptive_norm", "lean", "coordinates")
+    unused = ("text_channels", "image_channels", "adaptive_norm", "lean", "coordinates", "heads")
     written = _unet_config(options | dict.fromkeys(unused) | {"patch_size": 1})
     config = config | {key: written[key] for key, value in same.items() if config.get(key) == value}
     _demand(config, written, where)

@@ -23,6 +23,7 @@ class Muon(Optimizer):
         lr: learning rate of both.
         betas: of Adam.
         momentum: weight of the old mean of the gradient.
+        weight_decay: before a step, what moves by orthogonal steps is multiplied by ``1 - lr weight_decay``.
         embeddings: those parameters of two dimensions whose rows belong to words or classes. They are no maps, and
             most rows of a gradient are 0.
 
@@ -38,9 +39,10 @@ class Muon(Optimizer):
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         momentum: float = 0.95,
+        weight_decay: float = 0.0,
         embeddings: Iterable[Tensor] = (),
     ):
-        super().__init__(parameters, {"lr": lr, "betas": betas, "momentum": momentum})
+        super().__init__(parameters, {"lr": lr, "betas": betas, "momentum": momentum, "weight_decay": weight_decay})
         self.embeddings = list(embeddings)
 
     def is_map(self, p: Tensor) -> bool:
@@ -59,6 +61,7 @@ class Muon(Optimizer):
         mean.lerp_(p.grad, 1 - group["momentum"])
         ahead = p.grad.lerp(mean, group["momentum"]).flatten(1)  # Nesterov's look ahead
         length = 0.2 * max(ahead.shape) ** 0.5
+        p.mul_(1 - group["lr"] * group["weight_decay"])
         p.sub_(orthogonal(ahead).view(p.shape), alpha=group["lr"] * length)
 
     def _adam_step(self, p: Tensor, group: dict) -> None:

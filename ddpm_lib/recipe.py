@@ -62,6 +62,8 @@ class Network:
     """Show the network where in the image each place lies."""
     initial: Literal["paper", "torch"] = "paper"
     """Size of the first weights: the paper's, or PyTorch's own, which are smaller."""
+    heads: int | None = None
+    """Heads of all attention, with normalised queries and keys; unset, one (to words four), without a norm."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Training:
     """Let the average forget the random start."""
     beta_2: float = 0.999
     """Of Adam: how slowly it forgets the size of gradients."""
+    weight_decay: float = 0.0
+    """Weights shrink by this times the learning rate in each step; with Muon, only matrices and convolutions do."""
     clip_norm: float = 1.0
     """Longest gradient."""
     condition_dropout: float = 0.1

@@ -79,6 +79,8 @@ class Trainer:
         accumulate: parts in which a process works through its share of a batch, to save memory.
         optimiser: 'adam' or 'muon' (see ``Muon``).
         learning_rate, beta_2: of Adam; Muon's learning rate means the same.
+        weight_decay: before each step, shrink the weights by this times the learning rate: with Muon, those that move
+            by orthogonal steps; with Adam, all (AdamW, Loshchilov and Hutter 2019).
         warmup: steps over which the learning rate rises linearly from 0.
         decay_steps: if given, the learning rate falls linearly to 2% at this step, and stays there.
         ema_decay: weight of the old average in the moving average of weights.
@@ -110,6 +112,7 @@ class Trainer:
         optimiser: str = "adam",
         learning_rate: float = 2e-4,
         beta_2: float = 0.999,
+        weight_decay: float = 0.0,
         warmup: int = 5000,
         decay_steps: int | None = None,
         ema_decay: float = 0.9999,
@@ -139,6 +142,8 @@ class Trainer:
         for name, value in positive.items():
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0; got {value}.")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must be 0 or more; got {weight_decay}.")
         shares = {"beta_2": beta_2, "ema_decay": ema_decay, "condition_dropout": condition_dropout}
         for name, value in shares.items():
             if not 0 <= value < 1:
@@ -156,6 +161,7 @@ class Trainer:
             "optimiser": optimiser,
             "learning_rate": learning_rate,
             "beta_2": beta_2,
+            "weight_decay": weight_decay,
             "warmup": warmup,
             "decay_steps": decay_steps,
             "ema_decay": ema_decay,
@@ -188,12 +194,12 @@ class Trainer:
         self.parameters, self.averages = zip(
             *((p, average) for p, average in zip(denoiser.parameters(), self.ema.parameters()) if p.requires_grad)
         )
-        rates = {"lr": learning_rate, "betas": (0.9, beta_2)}
+        rates = {"lr": learning_rate, "betas": (0.9, beta_2), "weight_decay": weight_decay}
         if optimiser == "muon":
             tables = [part.weight for part in denoiser.modules() if isinstance(part, nn.Embedding)]
             self.optimiser = Muon(self.parameters, **rates, embeddings=tables)
         else:
-            self.optimiser = torch.optim.Adam(self.parameters, **rates, fused=self.device.type != "mps")
+            self.optimiser = torch.optim.AdamW(self.parameters, **rates, fused=self.device.type != "mps")
         self.step = 0
         self.first_bad = torch.zeros((), dtype=torch.long, device=self.device)  # the first non-finite step, or 0
 
@@ -495,6 +501,7 @@ def has_bfloat16(device: torch.device) -> bool:
 def _difference(name: str, theirs: object, ours: object) -> str:
     """Where two nested settings first differ, in words."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        key = next(k for k in theirs | ours if theirs.get(k) != ours.get(k))
-        return _difference(f"{name}.{key}", theirs.get(key), ours.get(key))
+        theirs, ours = ({k: part.get(k, "missing") for k in theirs | ours} for part in (theirs, ours))
+        key = next(k for k in theirs if theirs[k] != ours[k])
+        return _difference(f"{name}.{key}", theirs[key], ours[key])
     return f"{name} is {theirs!r} there and {ours!r} here"

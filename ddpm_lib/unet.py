@@ -31,6 +31,10 @@ class UNet(nn.Module):
         channel_multipliers: channels of each level over base_channels; each level but the last halves the image.
         blocks_per_level: residual blocks on the way down; there is one more on the way up.
         attention_resolutions: sides of the feature maps that get self-attention.
+        heads: None for the paper's attention, with one head (four to words); else that many heads in all attention,
+            with queries and keys normalised in each head (in the spirit of Dehghani et al. 2023, section 2). It keeps a
+            high learning rate from driving the attention of each place to one single place, where its gradient
+            vanishes.
         dropout: in the residual blocks.
         groups: of every group normalisation.
         classes: number of classes for a class-conditional network; None for an unconditional one.
@@ -71,6 +75,7 @@ class UNet(nn.Module):
         lean: bool = False,
         coordinates: bool = False,
         initial: str = "paper",
+        heads: int | None = None,
     ):
         super().__init__()
         if initial not in ("paper", "torch"):
@@ -96,6 +101,7 @@ class UNet(nn.Module):
             "lean": lean,
             "coordinates": coordinates,
             "initial": initial,
+            "heads": heads,
         }
         if not channel_multipliers or any(not isinstance(m, int) or m < 1 for m in channel_multipliers):
             raise ValueError(f"channel_multipliers must be one or more whole numbers >= 1; got {channel_multipliers}.")
@@ -106,6 +112,8 @@ class UNet(nn.Module):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {dropout}.")
+        if heads is not None:
+            _positive_int("heads", heads)
         conditions = {"classes": classes, "text_channels": text_channels, "image_channels": image_channels}
         conditions = {name: value for name, value in conditions.items() if value is not None}
         for name, value in conditions.items():
@@ -130,7 +138,7 @@ class UNet(nn.Module):
 
         def stage(width_in: int, width: int, size: int) -> Stage:
             attends = size in attention_resolutions
-            return Stage(width_in, width, embedding, dropout, groups, attends, text_channels, adaptive_norm)
+            return Stage(width_in, width, embedding, dropout, groups, attends, text_channels, adaptive_norm, heads)
 
         skips, width = [] if lean else [base_channels], base_channels
         self.down = nn.ModuleList()
@@ -148,8 +156,8 @@ class UNet(nn.Module):
 
         self.middle = nn.ModuleList(
             [
-                Stage(width, width, embedding, dropout, groups, True, text_channels, adaptive_norm),
-                Stage(width, width, embedding, dropout, groups, False, text_channels, adaptive_norm),
+                Stage(width, width, embedding, dropout, groups, True, text_channels, adaptive_norm, heads),
+                Stage(width, width, embedding, dropout, groups, False, text_channels, adaptive_norm, heads),
             ]
         )
 
@@ -295,11 +303,12 @@ class Stage(nn.Module):
         attends: bool,
         text_channels: int | None = None,
         adaptive_norm: bool = False,
+        heads: int | None = None,
     ):
         super().__init__()
         self.residual = ResidualBlock(width_in, width, embedding, dropout, groups, adaptive_norm)
-        self.attention = Attention(width, groups) if attends else nn.Identity()
-        self.reading = CrossAttention(width, text_channels, groups) if attends and text_channels else None
+        self.attention = Attention(width, groups, heads) if attends else nn.Identity()
+        self.reading = CrossAttention(width, text_channels, groups, heads) if attends and text_channels else None
 
     def forward(self, x: Tensor, embedding: Tensor, text: Tensor | None = None) -> Tensor:
         x = self.attention(self.residual(x, embedding))
@@ -338,10 +347,11 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention among the pixels of a feature map, with one head; plus the input."""
+    """Self-attention among the pixels of a feature map; plus the input. For ``heads`` see ``UNet``."""
 
-    def __init__(self, width: int, groups: int):
+    def __init__(self, width: int, groups: int, heads: int | None = None):
         super().__init__()
+        self.heads = Heads(width, heads, default=1)
         self.norm = nn.GroupNorm(groups, width, eps=EPS)
         self.query, self.key, self.value = (conv1x1(width, width) for _ in range(3))
         self.out = conv1x1(width, width, near_zero=True)
@@ -349,43 +359,69 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.query, self.key, self.value))
-        return x + self.out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
+        return x + self.out(self.heads(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
 class CrossAttention(nn.Module):
-    """Attention of the pixels of a feature map to the words of a text, with four heads; plus the input.
+    """Attention of the pixels of a feature map to the words of a text; plus the input. For ``heads`` see ``UNet``.
 
     Source: Rombach et al. (2022), section 3.3.
     """
 
-    HEADS = 4
-
-    def __init__(self, width: int, text_channels: int, groups: int):
+    def __init__(self, width: int, text_channels: int, groups: int, heads: int | None = None):
         super().__init__()
-        if width % self.HEADS:
-            raise ValueError(f"channels that attend to a text must be a multiple of {self.HEADS}; got {width}.")
+        self.heads = Heads(width, heads, default=4)
         self.norm = nn.GroupNorm(groups, width, eps=EPS)
         self.query = conv1x1(width, width)
         self.key, self.value = linear(text_channels, width), linear(text_channels, width)
         self.out = conv1x1(width, width, near_zero=True)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        seen = attend(self._heads(self._pixels(x)), self._heads(self.key(text)), self._heads(self.value(text)))
-        seen = seen.unflatten(0, (-1, self.HEADS)).transpose(2, 3).reshape(x.shape)
-        return x + self.out(seen)
+        seen = self.heads(self._pixels(x), self.key(text), self.value(text))
+        return x + self.out(seen.transpose(1, 2).reshape(x.shape))
 
     def weights(self, x: Tensor, text: Tensor) -> Tensor:
         """How much each pixel looks at each word, (B, H, W, words), the mean over heads; they sum to 1 over words."""
-        q, k = self._heads(self._pixels(x)), self._heads(self.key(text))
-        weights = torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, dim=-1)
-        return weights.unflatten(0, (-1, self.HEADS)).mean(1).unflatten(1, x.shape[2:])
+        weights = self.heads.weights(self._pixels(x), self.key(text))
+        return weights.mean(1).unflatten(1, x.shape[2:])
 
     def _pixels(self, x: Tensor) -> Tensor:
         return self.query(self.norm(x)).flatten(2).transpose(1, 2)
 
-    def _heads(self, values: Tensor) -> Tensor:
-        """(B, N, width) as (B heads, N, width / heads)."""
-        return values.unflatten(2, (self.HEADS, -1)).transpose(1, 2).flatten(0, 1)
+
+class Heads(nn.Module):
+    """Attention in heads, each with its share of the channels.
+
+    Args:
+        width: of all heads together.
+        heads: how many, with queries and keys normalised to length sqrt(width / heads) and then scaled channel by
+            channel; None for ``default`` many that are not.
+        default: how many there are if ``heads`` is None.
+    """
+
+    def __init__(self, width: int, heads: int | None, default: int):
+        super().__init__()
+        self.number = default if heads is None else heads
+        if width % self.number:
+            raise ValueError(f"{width} channels cannot be shared by {self.number} heads of attention.")
+        each = width // self.number
+        self.norm_query, self.norm_key = (None if heads is None else nn.RMSNorm(each, eps=EPS) for _ in range(2))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, N, width) for queries (B, N, width), keys and values (B, M, width)."""
+        seen = attend(self._split(q, self.norm_query), self._split(k, self.norm_key), self._split(v))
+        return seen.unflatten(0, (-1, self.number)).transpose(1, 2).flatten(2)
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """How much each query looks at each key, (B, heads, N, M)."""
+        q, k = self._split(q, self.norm_query), self._split(k, self.norm_key)
+        weights = torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, dim=-1)
+        return weights.unflatten(0, (-1, self.number))
+
+    def _split(self, values: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
+        """(B, N, width) as (B heads, N, width / heads), normalised if there is a norm."""
+        values = values.unflatten(2, (self.number, -1)).transpose(1, 2).flatten(0, 1)
+        return values if norm is None else norm(values.to(norm.weight.dtype))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

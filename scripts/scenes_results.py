@@ -1,15 +1,12 @@
-"""Does the model of captioned scenes draw what it is told? ``python -m scripts.scenes_results [FIRST]``.
+"""Does the model of captioned scenes draw what it is told? ``python -m scripts.scenes_results``.
 
 Writes ddpm_lib/datasets/scenes_results.json, where the chapter on text to image reads it: for fresh captions of every
 split and family, for several weights of guidance and for several walks, the share of samples that show what their
-caption says, for each attribute and in full, as ``scene_reader`` reads them. FIRST, a run's folder or a .safetensors
-file, is the model after the first part of its training, which is then measured, too. About half an hour on one core;
-after each row the file is written; rows that are there already for this model are kept, so that a run that was stopped
-can go on.
+caption says, for each attribute and in full, as ``scene_reader`` reads them. About half an hour on one core; after each
+row the file is written; rows that are there already for this model are kept, so that a run that was stopped can go on.
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +16,6 @@ from tqdm import tqdm
 
 from ddpm_lib import Denoiser, Guided, pretrained, sample
 from ddpm_lib.checkpoint import read_tensors, shipped, write_file
-from ddpm_lib.run import load_model
 from ddpm_lib.scene_reader import read_scene, satisfies
 from ddpm_lib.scenes import FAMILIES, SPLITS, scenes
 
@@ -76,7 +72,7 @@ def real(split: str, family: str) -> dict:
     return {"split": split, "family": family, **measure((image / 127.5 - 1 for image in images), captions)}
 
 
-def main(first: str | None) -> None:
+def main() -> None:
     model, digest = pretrained("scenes"), read_tensors(shipped("scenes"))[0]["sha256"]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if (results.get("model"), results.get("settings")) != (digest, SETTINGS):
@@ -85,12 +81,9 @@ def main(first: str | None) -> None:
     for row in tqdm([row for row in rows() if row not in done]):
         results["sampled"].append(measured(model, row))
         write_file(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
-    if first is not None:
-        results["first part"] = measured(load_model(first), rows()[0])
-        write_file(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
     for row in results["real"] + results["sampled"]:
         print(", ".join(f"{name} {value}" for name, value in row.items()))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if sys.argv[1:] else None)
+    main()

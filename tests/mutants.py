@@ -278,13 +278,13 @@ MUTANTS = {
     ),
     "attention read back as positions": Mutant(
         "unet.py",
-        "attend(q, k, v).transpose(1, 2).reshape(x.shape)",
-        "attend(q, k, v).reshape(x.shape)",
+        "self.heads(q, k, v).transpose(1, 2).reshape(x.shape)",
+        "self.heads(q, k, v).reshape(x.shape)",
         "unet",
         "the shapes fit, and channels become places",
     ),
     "queries and keys exchanged": Mutant(
-        "unet.py", "self.out(attend(q, k, v)", "self.out(attend(k, q, v)", "unet", "who asks and who answers"
+        "unet.py", "self.out(self.heads(q, k, v)", "self.out(self.heads(k, q, v)", "unet", "who asks and who answers"
     ),
     "doubling by interpolation": Mutant(
         "unet.py",
@@ -460,7 +460,21 @@ MUTANTS = {
         "training",
         "a host sync",
     ),
+    "keys with no norm": Mutant(
+        "unet.py",
+        "attend(self._split(q, self.norm_query), self._split(k, self.norm_key)",
+        "attend(self._split(q, self.norm_query), self._split(k)",
+        "unet",
+        "attention that a high learning rate saturates",
+    ),
     # checkpoint.py
+    "8 bits with one scale for all outputs": Mutant(
+        "checkpoint.py",
+        "scale = (rows.abs().amax(1) / 127)",
+        "scale = (rows.abs().amax().expand(len(rows)) / 127)",
+        "checkpoint",
+        "one large weight would take the digits of all others",
+    ),
     "write in place": Mutant(
         "checkpoint.py",
         'temporary = path.with_name(f".{path.name}.tmp")',
@@ -765,6 +779,57 @@ MUTANTS = {
         "0.2 * min(ahead.shape)",
         "muon",
         "the step must be as long as one of Adam's",
+    ),
+    "weights that do not decay": Mutant(
+        "muon.py",
+        'p.mul_(1 - group["lr"] * group["weight_decay"])',
+        "pass",
+        "muon",
+        "without decay the weights grow for as long as training lasts",
+    ),
+    # run.py
+    "weights to start from only read": Mutant(
+        "run.py",
+        "        fit_state(denoiser.network, start, recipe.training.weights_from)\n",
+        "        start\n",
+        "run",
+        "a run that should go on from another model began anew",
+    ),
+    # scene_posterior.py
+    "equal objects in different colours": Mutant(
+        "scene_posterior.py",
+        "colourings = [(colour,) * len(choices) for colour in choices[0]]",
+        "colourings = list(itertools.product(*choices))",
+        "scene_posterior",
+        "two equal circles left nine answers instead of three",
+    ),
+    "a blue circle is possible": Mutant(
+        "scene_posterior.py",
+        "if not HELD_OUT_OBJECTS.isdisjoint(objects):",
+        "if not objects:",
+        "scene_posterior",
+        "objects that no scene holds got a share of the posterior",
+    ),
+    "every pair is possible": Mutant(
+        "scene_posterior.py",
+        "all(a != b and not held_out_pair(a, b) for a, b in pairs)",
+        "all(a != b for a, b in pairs)",
+        "scene_posterior",
+        "pairs that no scene holds got a share of the posterior",
+    ),
+    "the whole sum of errors": Mutant(
+        "scene_posterior.py",
+        "for outcome in p.keys() | q.keys()) / 2",
+        "for outcome in p.keys() | q.keys())",
+        "scene_posterior",
+        "a total variation distance up to 2",
+    ),
+    "blotched objects are read": Mutant(
+        "scene_posterior.py",
+        "if near.float().mean() >= MOST else UNKNOWN",
+        "if near.float().mean() >= 0 else UNKNOWN",
+        "scene_posterior",
+        "an object of two colours counted as one of them",
     ),
     # degradation.py and inverse.py
     "gain of a degradation forgotten": Mutant(

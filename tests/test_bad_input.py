@@ -158,6 +158,8 @@ CASES = {
     "batch_size 0": (lambda: trained(batch_size=0), "got 0", "1 or more"),
     "learning_rate 0": (lambda: trained(learning_rate=0.0), "got 0.0", "above 0"),
     "learning_rate nan": (lambda: trained(learning_rate=math.nan), "got nan", "above 0"),
+    "weight_decay below 0": (lambda: trained(weight_decay=-0.1), "got -0.1", "0 or more"),
+    "weight_decay nan": (lambda: trained(weight_decay=math.nan), "got nan", "0 or more"),
     "warmup below 0": (lambda: trained(warmup=-1), "warmup = -1", "0 <= warmup"),
     "decay before warm-up ends": (lambda: trained(warmup=9, decay_steps=9), "decay_steps = 9", "warmup < decay_steps"),
     "ema_decay 1": (lambda: trained(ema_decay=1.0), "got 1.0", "[0, 1)"),

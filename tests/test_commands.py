@@ -162,10 +162,12 @@ def test_export_says_how_the_pipeline_of_diffusers_samples(tmp_path, capsys):
     assert diffusers_sampling(tmp_path / "other") == {"variance": "beta_tilde", "clip": False}
 
 
-def test_export_stores_weights_in_half_the_space(tmp_path, capsys):
-    for name, option in (("whole", []), ("half", ["--half"])):
-        said(capsys, "export", "digits", tmp_path / f"{name}.safetensors", *option)
-    assert (tmp_path / "half.safetensors").stat().st_size < 0.52 * (tmp_path / "whole.safetensors").stat().st_size
+def test_export_stores_weights_in_half_the_space_or_a_quarter(tmp_path, capsys):
+    for bits in ("32", "16", "8"):
+        said(capsys, "export", "digits", tmp_path / f"{bits}.safetensors", "--bits", bits)
+    whole, half, quarter = ((tmp_path / f"{bits}.safetensors").stat().st_size for bits in (32, 16, 8))
+    assert half < 0.52 * whole
+    assert quarter < 0.29 * whole
 
 
 def test_export_writes_onnx_where_the_name_says_so(tmp_path, capsys, monkeypatch):

@@ -200,8 +200,9 @@ def test_the_written_network_is_the_same_function(tmp_path, options):
         ({"base_channels": 2}, r"base_channels must be 4 or more"),
         ({"patch_size": 2}, r"patch_size must be 1; got 2"),
         ({"coordinates": True}, r"sees no coordinates"),
+        ({"heads": 2}, r"heads must be None"),
     ],
-    ids=["score", "wide first level", "two channels", "patches", "coordinates"],
+    ids=["score", "wide first level", "two channels", "patches", "coordinates", "heads"],
 )
 def test_what_diffusers_has_no_word_for_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):

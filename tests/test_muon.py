@@ -27,12 +27,13 @@ def test_singular_values_end_near_one():
         assert 0.65 < values.min() <= values.max() < 1.25
 
 
-def test_matrices_move_as_with_the_muon_of_pytorch():
+@pytest.mark.parametrize("weight_decay", [0.0, 3.0])
+def test_matrices_move_as_with_the_muon_of_pytorch(weight_decay):
     """Which computes in bfloat16: hence the tolerance, of 2% of a step's length."""
     start = normal(24, 40, dtype=torch.float32)
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
-    mine = Muon([ours], lr=1e-2)
-    reference = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    mine = Muon([ours], lr=1e-2, weight_decay=weight_decay)
+    reference = torch.optim.Muon([theirs], lr=1e-2, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     for i in range(6):
         for p, optimiser in ((ours, mine), (theirs, reference)):
             p.grad = normal(24, 40, seed=i, dtype=torch.float32)
@@ -54,7 +55,7 @@ def test_a_convolution_is_a_matrix_with_a_row_for_each_output():
 @pytest.mark.parametrize("shape", [(9,), (7, 3)], ids=["vector", "embedding"])
 def test_vectors_and_embeddings_move_as_with_the_adam_of_pytorch(shape):
     ours, theirs = normal(*shape).requires_grad_(), normal(*shape).requires_grad_()
-    mine = Muon([ours], lr=1e-2, betas=(0.8, 0.95), embeddings=[ours] if len(shape) == 2 else [])
+    mine = Muon([ours], lr=1e-2, betas=(0.8, 0.95), weight_decay=0.5, embeddings=[ours] if len(shape) == 2 else [])
     adam = torch.optim.Adam([theirs], lr=1e-2, betas=(0.8, 0.95))
     for i in range(5):
         for p, optimiser in ((ours, mine), (theirs, adam)):

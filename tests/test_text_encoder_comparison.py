@@ -1,5 +1,7 @@
 """The measure of the comparison of text encoders, on pictures whose answer is known, and its stored rows."""
 
+import json
+
 import pytest
 import torch
 
@@ -43,3 +45,14 @@ def test_half_the_size_has_a_quarter_of_the_noise():
     noise = torch.randn(50, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     small = halved(127.5 + 20 * noise).float() - 127.5
     assert pytest.approx(float(400 / small.var()), rel=0.05) == comparison.HALVED
+
+
+def test_every_variant_has_its_row():
+    stored = json.loads(comparison.RESULTS.read_text())
+    assert stored["settings"] == comparison.SETTINGS
+    assert stored["rows"].keys() == comparison.VARIANTS.keys()
+    for name, row in stored["rows"].items():
+        assert comparison.VARIANTS[name].items() <= row.items()
+        assert [look["images"] for look in row["test"]] == [25_600, 51_200, 76_800, 102_400, 128_000]
+        for look in (*row["test"], row["held-out pairs"]):
+            assert 0 <= look["in order"] <= look["colours"] <= 1

@@ -18,10 +18,10 @@ from ddpm_lib.training import NonFiniteError, keyed_randomness
 SETTINGS = {"batch_size": 4, "learning_rate": 1e-2, "warmup": 3, "precision": "float32"}
 
 
-def trainer(*, labels=False, classes=None, dropout=0.0, **options) -> Trainer:
+def trainer(*, labels=False, classes=None, dropout=0.0, heads=None, **options) -> Trainer:
     images = tiny_images()
     label = torch.arange(len(images)) % 3 if labels else None
-    denoiser = tiny_denoiser(classes=3 if labels else classes, dropout=dropout)
+    denoiser = tiny_denoiser(classes=3 if labels else classes, dropout=dropout, heads=heads)
     return Trainer(denoiser, images, label, **SETTINGS | options)
 
 
@@ -59,10 +59,10 @@ EVERYTHING = {"labels": True, "dropout": 0.3, "condition_dropout": 0.4, "decay_s
         {},
         EVERYTHING,
         {"ema_warmup": False, "ema_decay": 0.5, "batch_size": 7},
-        {"precision": "bfloat16", "dropout": 0.1, "batch_size": 25},
+        {"precision": "bfloat16", "dropout": 0.1, "batch_size": 25, "heads": 2},
         {"precision": "float16", "dropout": 0.1, "flip": True},
         {"accumulate": 2, "dropout": 0.3, "channels_last": True},
-        {"optimiser": "muon", "dropout": 0.3, "labels": True},
+        {"optimiser": "muon", "dropout": 0.3, "labels": True, "weight_decay": 0.1},
     ],
     ids=[
         "plain",
@@ -100,6 +100,19 @@ def test_muon_leaves_the_embedding_of_classes_to_adam():
     state = dict(zip(ours.parameters, ours.optimiser.state_dict()["state"].values(), strict=True))
     assert state.pop(ours.denoiser.network.label.weight).keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert all((p.ndim > 1) == ("momentum" in values) for p, values in state.items())
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "muon"])
+def test_weight_decay_takes_its_share_of_the_old_weights(optimiser):
+    """Of one step from the same weights, the difference is lr x weight_decay x weight; Muon spares all but its maps."""
+    start = trainer(labels=True, optimiser=optimiser)
+    before = [p.detach().clone() for p in start.parameters]
+    options = {"labels": True, "optimiser": optimiser, "learning_rate": 1e-2, "warmup": 0}
+    plain, decaying = (trainer(**options, weight_decay=share) for share in (0.0, 0.5))
+    run(plain, 1), run(decaying, 1)
+    for old, p, q in zip(before, plain.parameters, decaying.parameters):
+        shrinks = optimiser == "adam" or decaying.optimiser.is_map(q)
+        torch.testing.assert_close(p - q, 5e-3 * old * shrinks, rtol=1e-3, atol=1e-7)
 
 
 def test_resuming_twice_gives_the_same_file(tmp_path):

@@ -10,7 +10,7 @@ from tiny_models import draw_parameters, tiny_unet
 from torch import nn
 
 from ddpm_lib import UNet
-from ddpm_lib.unet import Attention, Downsample, ResidualBlock, TimeEmbedding, Upsample, attend, coordinates
+from ddpm_lib.unet import Attention, Downsample, Heads, ResidualBlock, TimeEmbedding, Upsample, attend, coordinates
 
 
 def count(module) -> int:
@@ -38,8 +38,9 @@ def test_classes_cost_one_embedding_each_and_one_for_none():
         {"in_channels": 3, "base_channels": 6, "groups": 3, "classes": 4, "dropout": 0.5},
         {"image_size": 12, "patch_size": 3, "in_channels": 2},
         {"image_size": 8, "patch_size": 2, "coordinates": True},
+        {"heads": 2},
     ],
-    ids=["tiny", "three levels", "one level", "classes", "patches", "coordinates"],
+    ids=["tiny", "three levels", "one level", "classes", "patches", "coordinates", "heads"],
 )
 def test_output_has_the_shape_of_the_input(options):
     network = draw_parameters(tiny_unet(**options))
@@ -182,6 +183,42 @@ def test_attention_in_numpy(scale):
     weights = np.exp(logits) / np.exp(logits).sum(2, keepdims=True)
     expected = x.numpy() + project(part.out, np.einsum("bnm,bcm->bcn", weights, v)).reshape(x.shape)
     np.testing.assert_allclose(part(x).detach(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_heads_share_the_channels_and_normalise_queries_and_keys(number):
+    """Against PyTorch's RMS norm and fused attention, head by head."""
+    heads = draw_parameters(Heads(12, number, default=5)).double()
+    q, k, v = torch.randn(2, 7, 12).double(), torch.randn(2, 5, 12).double(), torch.randn(2, 5, 12).double()
+    expected, weights = [], []
+    for a, b, c in zip(*(values.chunk(number, dim=2) for values in (q, k, v))):
+        a = F.rms_norm(a, a.shape[2:], heads.norm_query.weight, 1e-6)
+        b = F.rms_norm(b, b.shape[2:], heads.norm_key.weight, 1e-6)
+        expected.append(F.scaled_dot_product_attention(a, b, c))
+        weights.append(F.scaled_dot_product_attention(a, b, torch.eye(5).double().expand(2, 5, 5)))
+    torch.testing.assert_close(heads(q, k, v), torch.cat(expected, dim=2), rtol=0, atol=1e-12)
+    torch.testing.assert_close(heads.weights(q, k), torch.stack(weights, dim=1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(heads(1e3 * q, 1e3 * k, v), heads(q, k, v), rtol=0, atol=1e-5)
+
+
+def test_without_a_number_of_heads_there_are_as_many_as_usual_and_no_norm():
+    heads = Heads(12, None, default=3)
+    assert not list(heads.parameters())
+    q, k, v = torch.randn(2, 7, 12), torch.randn(2, 5, 12), torch.randn(2, 5, 12)
+    expected = [F.scaled_dot_product_attention(*parts) for parts in zip(*(x.chunk(3, dim=2) for x in (q, k, v)))]
+    torch.testing.assert_close(heads(q, k, v), torch.cat(expected, dim=2), rtol=0, atol=1e-6)
+
+
+def test_all_attention_of_a_network_has_its_heads():
+    network = tiny_unet(heads=2, text_channels=5)
+    found = [part.number for part in network.modules() if isinstance(part, Heads) and part.norm_key is not None]
+    assert len(found) == 2 * sum(isinstance(part, Attention) for part in network.modules()) > 2
+    assert set(found) == {2}
+
+
+def test_heads_that_cannot_share_the_channels_are_refused():
+    with pytest.raises(ValueError, match="8 channels cannot be shared by 3 heads"):
+        tiny_unet(heads=3)
 
 
 def test_attention_equals_the_fused_kernel():
