@@ -1,14 +1,10 @@
 """Train a text encoder before any picture is drawn: ``python -m scripts.text_encoder FILE``.
 
-Five ways to learn to read captioned scenes; the last two need no labels, and serve for emoji, too:
+Three ways to learn to read captioned scenes; the last two need no labels, and serve for emoji, too:
 
 - ``objects``: the feature of each word is to describe the object that the word belongs to, 1 for its shape, colour,
   size and place and 0 for what it is not, and to tell the background, the order and the number. It uses what only the
   maker of the data knows.
-- ``tables``: the mean of the features is to be a table of what the scene holds, 1 for what is there and 0 for what is
-  not: the shape, colour and size of each object, the background, the order, the number. It uses what only the maker of
-  the data knows.
-- ``names``: say from the mean of the features, by linear layers, what the scene holds. It uses the same knowledge.
 - ``pictures``: tell which of 256 pictures a caption belongs to, as CLIP does (Radford et al. 2021), beside a small
   network that reads the pictures. It uses pairs of picture and caption, and nothing else.
 - ``words``: guess hidden words, as BERT does (Devlin et al. 2019). It uses captions alone.
@@ -48,18 +44,8 @@ DROPOUT = 0.1  # while it learns; without, it takes a colour and a shape never s
 HIDDEN = 0.2  # share of words hidden in 'words'
 Loss = Callable[[Tensor], Tensor]  # of the places of a batch in the training set
 
-
-def answers(scene: Scene) -> list[str | None]:
-    """What the scene holds, one word for each question; None where there is nothing to say."""
-    items = scene.items if scene.order else scene.items[:1]
-    words = [scene.background, scene.order, str(len(scene.items))]
-    for place in range(3):
-        words += [items[place].shape, items[place].colour, items[place].size] if place < len(items) else [None] * 3
-    return words
-
-
 SHAPE_OF = {form: shape for shape, words in SHAPE_WORDS.items() for word in words for form in (word, plural(word))}
-QUESTIONS = [BACKGROUNDS, RELATIONS, "1234", *3 * [SHAPES, COLOURS, RADII]]  # each with the words that may answer it
+OF_A_SCENE = [BACKGROUNDS, RELATIONS, "1234"]  # questions, each with all that may answer it
 OF_AN_OBJECT = [SHAPES, COLOURS, RADII, [(order, rank) for order in RELATIONS for rank in ("first", "middle", "last")]]
 
 
@@ -68,17 +54,12 @@ def marks(questions: Iterable[Iterable], said: Iterable) -> list[float]:
     return [float(word == answer) for words, answer in zip(questions, said) for word in words]
 
 
-def table(scene: Scene) -> list[float]:
-    """What the scene holds, in 58 numbers."""
-    return marks(QUESTIONS, answers(scene))
-
-
 def described(scene: Scene, caption: str) -> list[list[float]]:
     """What the feature of each of LONGEST words is to tell: 22 numbers of the word's object, 10 of the scene.
 
     A word belongs to the next object that the caption names; behind the last one it belongs to none.
     """
-    of_scene, rows = marks(QUESTIONS[:3], answers(scene)), []
+    of_scene, rows = marks(OF_A_SCENE, (scene.background, scene.order, str(len(scene.items)))), []
     words = in_words(caption)
     for end, word in enumerate(words, start=1):
         if word in SHAPE_OF:
@@ -98,29 +79,6 @@ def objects(encoder: TextEncoder, tokens: Tensor, _: Tensor) -> tuple[nn.Module,
         return (encoder(tokens[batch])[..., :part] - wanted[batch]).square().sum(2).mean()
 
     return nn.Module(), loss
-
-
-def tables(encoder: TextEncoder, tokens: Tensor, _: Tensor) -> tuple[nn.Module, Loss]:
-    wanted = torch.tensor([table(scene) for scene, _ in captioned_scenes(SCENES)])
-    part = wanted.shape[1]
-
-    def loss(batch: Tensor) -> Tensor:
-        return (encoder(tokens[batch]).mean(1)[:, :part] - wanted[batch]).square().sum(1).mean()
-
-    return nn.Module(), loss
-
-
-def names(encoder: TextEncoder, tokens: Tensor, _: Tensor) -> tuple[nn.Module, Loss]:
-    choices = [[*words, None] for words in QUESTIONS]
-    asked = [answers(scene) for scene, _ in captioned_scenes(SCENES)]
-    right = torch.tensor([[known.index(word) for known, word in zip(choices, words)] for words in asked])
-    heads = nn.ModuleList(nn.Linear(encoder.width, len(known)) for known in choices)
-
-    def loss(batch: Tensor) -> Tensor:
-        pooled = encoder(tokens[batch]).mean(1)
-        return sum(F.cross_entropy(head(pooled), right[batch, i]) for i, head in enumerate(heads)) / len(heads)
-
-    return heads, loss
 
 
 def pictures(encoder: TextEncoder, tokens: Tensor, images: Tensor) -> tuple[nn.Module, Loss]:
@@ -152,7 +110,7 @@ def words(encoder: TextEncoder, tokens: Tensor, _: Tensor) -> tuple[nn.Module, L
     return head, loss
 
 
-OBJECTIVES = {"objects": objects, "tables": tables, "names": names, "pictures": pictures, "words": words}
+OBJECTIVES = {"objects": objects, "pictures": pictures, "words": words}
 
 
 def train(

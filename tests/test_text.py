@@ -11,7 +11,7 @@ from ddpm_lib.checkpoint import MODELS, denoiser_config, load_text_encoder, save
 from ddpm_lib.scenes import COLOURS, LONGEST, SHAPE_WORDS, SHAPES, Item, Scene, captioned_scenes
 from ddpm_lib.text import PretrainedEncoder, TextEncoder, TextUNet
 from ddpm_lib.unet import CrossAttention
-from scripts.text_encoder import described, table
+from scripts.text_encoder import described
 
 WORDS = ("a", "red", "blue", "circle", "square", "above", ",")
 
@@ -258,18 +258,6 @@ def test_the_words_of_an_encoder_of_transformers_do_not_see_the_padding(folder, 
         features = short(short.tokenise(CAPTIONS[:1])), long(long.tokenise(CAPTIONS[:1]))
     words = int((short.tokenise(CAPTIONS[:1]) > 0).sum())
     torch.testing.assert_close(features[0][:, :words], features[1][:, :words], rtol=0, atol=1e-5)
-
-
-def test_a_table_has_a_one_for_each_thing_that_is_there():
-    circle, box = Item("circle", "red", "small", 16.0, 8.0), Item("square", "blue", "large", 16.0, 22.0)
-    pair = torch.tensor(table(Scene("navy", (circle, box), "top to bottom")))
-    assert len(pair) == 4 + 2 + 4 + 3 * (6 + 8 + 2)
-    places = {"navy": 1, "top to bottom": 4, "two": 7, "circle": 10, "red": 16, "small": 24}
-    places |= {"square": 26 + 1, "blue": 32 + 4, "large": 40 + 1}
-    assert pair.nonzero().flatten().tolist() == list(places.values())
-    three = torch.tensor(table(Scene("black", (box,) * 3)))  # equal objects, which have no order, are told once
-    assert three.nonzero().flatten().tolist() == [0, 4 + 2 + 2, 10 + 1, 16 + 4, 24 + 1]
-    assert set(three.tolist()) == {0, 1}
 
 
 def test_a_word_describes_the_object_it_belongs_to():
