@@ -1,8 +1,9 @@
 """Does a picture show what a caption says? A reader of pictures of scenes, a reader of captions, and their comparison.
 
 The reader of pictures sees nothing but pixels. It parts objects from the background by colour, and fits each with every
-shape in both sizes at places a fraction of a pixel apart; what none fits is 'unknown'. The reader of captions has a
-grammar of its own, so that a mistake of the one that writes them would show.
+shape in both sizes at places a fraction of a pixel apart. Where none fits, it tries objects that touch; what these do
+not explain either is 'unknown'. The reader of captions has a grammar of its own, so that a mistake of the one that
+writes them would show.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d, pad
+from torch.nn.functional import conv2d, max_pool2d, pad
 
 from .scenes import BACKGROUNDS, COLOURS, RADII, SHAPES, SIDE, Item, Scene, colour_value, coverage
 
@@ -23,6 +24,7 @@ REACH = 8  # of an object and its soft edge from its centre, in pixels
 FAR = 0.4  # distance in RGB, where black and white are 3.5 apart: a colour farther off is another
 SPECK = 4  # pixels; what is smaller is no object
 MISFIT = 0.04  # of a shape: squared error of coverage over squared coverage; above, it is another shape
+MOST_TOUCHING = 4  # objects of one region
 MOST_COMPARED = 6  # objects of a picture, the largest, with those of a caption
 STRAY = 4  # pixels off the background and off all objects that a clean picture may have
 CAPTION = re.compile(r"(?:on (\w+) , )?(.+?)(?: on a (\w+) background| , (\w+) background| on (\w+))?")
@@ -49,7 +51,8 @@ class Reading:
     """What a picture shows.
 
     Attributes:
-        scene: items from the largest patch to the smallest, with 'unknown' for what could not be read and no order.
+        scene: items from the largest patch to the smallest, with 'unknown' for what could not be read and no order;
+            objects that touch are of one patch, and all of them can be read, or the patch is one that cannot.
         rmse: root of the mean squared difference, in [-1, 1] units, from the clean scene that has been read, each
             object at the place where it fits best.
         stray: pixels that differ from the background though no object that was read is near.
@@ -80,11 +83,11 @@ def read_scene(image: Tensor) -> Reading:
     near = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     items = []
     for part in parts:
-        item, covered = _read_item(contrast, ground, _grown(part))
-        items.append(item)
-        if covered is not None:
-            clean += covered * (colour_value(COLOURS[item.colour]) - clean_ground)[:, None, None]
-            near |= _grown(covered > 0)
+        for fit in _read_region(contrast, ground, _grown(part)):
+            items.append(fit.item)
+            if fit.known:
+                clean += fit.covered * (colour_value(COLOURS[fit.item.colour]) - clean_ground)[:, None, None]
+                near |= _grown(fit.covered > 0)
     stray = int((off & ~near).sum())
     return Reading(Scene(background, tuple(items)), float((image - clean).square().mean().sqrt()), stray)
 
@@ -237,11 +240,60 @@ def _centroid(covered: Tensor) -> Tensor:
     return torch.stack([covered.sum(0) @ centres, covered.sum(1) @ centres]) / covered.sum()
 
 
-def _read_item(contrast: Tensor, ground: Tensor, region: Tensor) -> tuple[Item, Tensor | None]:
-    """The object in a region (32, 32), and what it covers of each pixel if its shape and colour could be read.
+@dataclass(frozen=True)
+class _Fit:
+    """An object in a region of a picture: the item, what it covers of each pixel (32, 32), and what it adds to the
+    background (3, 32, 32)."""
+
+    item: Item
+    covered: Tensor
+    layer: Tensor
+
+    @property
+    def known(self) -> bool:
+        return UNKNOWN not in (self.item.shape, self.item.colour)
+
+
+def _read_region(contrast: Tensor, ground: Tensor, region: Tensor) -> list[_Fit]:
+    """The object in a region (32, 32) or, where no shape fits, two or more that touch; else one that is unknown.
+
+    Objects are put one after the other where they explain most of what is left, and each is then fitted to what the
+    others leave, with all pixels of the region that are near to none. They count only if each is known.
 
     ``contrast`` (3, 32, 32) is the picture less its ``ground`` (3,), the colour of the background.
     """
+    alone = _fit(contrast, ground, region)
+    if alone.item.shape != UNKNOWN:
+        return [alone]
+    layers = [_strongest(contrast * region)]
+    while len(layers) < MOST_TOUCHING:
+        layers.append(_strongest(contrast * region - sum(layers)))
+        fits = {}
+        for i in [*range(len(layers))] * 3:
+            near = torch.stack([_grown(layer.norm(dim=0) > 0) for layer in layers])
+            own, left = region & (near[i] | ~near.any(0)), contrast - sum(layers) + layers[i]
+            if (left.norm(dim=0) > FAR)[own].sum() < SPECK:
+                return [alone]
+            fits[i] = _fit(left, ground, own)
+            layers[i] = fits[i].layer
+        if all(fit.known for fit in fits.values()):
+            return [*fits.values()]
+    return [alone]
+
+
+def _strongest(rest: Tensor) -> Tensor:
+    """What an object adds that explains most of the rest (3, 32, 32); any kind and colour, in the middle of a pixel."""
+    kinds, width = list(itertools.product(SHAPES, RADII)), 2 * REACH + 1
+    shapes = torch.cat([coverage(shape, RADII[size], *torch.full((2, 1), width / 2), width) for shape, size in kinds])
+    alike = conv2d(rest[:, None], (shapes / shapes.flatten(1).norm(dim=1)[:, None, None])[:, None], padding=REACH)
+    kind, row, column = torch.unravel_index(alike.square().sum(0).argmax(), alike.shape[1:])
+    shape, size = kinds[kind]
+    covered = coverage(shape, RADII[size], column[None] + 0.5, row[None] + 0.5)
+    return covered * (rest * covered).sum((1, 2), keepdim=True) / covered.square().sum()
+
+
+def _fit(contrast: Tensor, ground: Tensor, region: Tensor) -> _Fit:
+    """The object that fits a region (32, 32) best, of unknown shape if it fits badly."""
     pixels = contrast[:, region]
     strongest = pixels.norm(dim=0).topk(max(len(pixels.T) // 5, SPECK)).indices
     axis = pixels[:, strongest].median(dim=1).values
@@ -264,7 +316,6 @@ def _read_item(contrast: Tensor, ground: Tensor, region: Tensor) -> tuple[Item, 
         centre = centre + torch.linalg.lstsq(slopes, (share - here).flatten()[:, None]).solution[:, 0]
     here = coverage(shape, RADII[size], *centre[:, None])[0]
     misfit = float(((share - here).square().sum() + other) / here.square().sum())
-    x, y = centre.tolist()
     if misfit > MISFIT:
-        return Item(UNKNOWN, colour, UNKNOWN, x, y), None
-    return Item(shape, colour, size, x, y), here if colour != UNKNOWN else None
+        shape = size = UNKNOWN
+    return _Fit(Item(shape, colour, size, *centre.tolist()), here, here * axis[:, None, None])

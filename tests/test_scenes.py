@@ -21,6 +21,7 @@ from ddpm_lib.scenes import (
     LONGEST,
     RADII,
     SHAPES,
+    SIDE,
     SPLITS,
     VOCABULARY,
     Item,
@@ -104,6 +105,16 @@ def side_by_side(generator: torch.Generator) -> Scene:
     places = torch.tensor([[8.0, 16.0], [24.0, 16.0]]) + torch.rand(2, 2, generator=generator) - 0.5
     items = (Item(*kind, *place) for kind, place in zip(zip(shapes, colours, sizes), places.tolist()))
     return Scene("black", tuple(items), "left to right")
+
+
+def beside(a: tuple[str, str], b: tuple[str, str], colours: tuple[str, str], gap: float, below: bool) -> Scene:
+    """Two kinds, one behind the other, with a gap between their bounding boxes, negative where these overlap."""
+    reaches = [RADII[size] * SHAPES[shape][0] for shape, size in (a, b)]
+    start = (SIDE - 2 * sum(reaches) - gap) / 2
+    along, across = (start + reaches[0], SIDE - start - reaches[1]), (16.0, 16.3)
+    places = zip(across, along) if below else zip(along, across)
+    kinds = zip((a, b), colours, places)
+    return Scene("black", tuple(Item(shape, colour, size, *place) for (shape, size), colour, place in kinds))
 
 
 @pytest.mark.parametrize(("split", "family"), ALL)
@@ -240,6 +251,46 @@ def test_an_object_of_two_colours_is_no_shape():
     assert read_scene(image).scene.items[0].shape == "circle"
     image[:, 14:17, 14:17] = torch.tensor([210, 210, 126]).view(3, 1, 1) / 127.5 - 1
     assert read_scene(image).scene.items[0].shape == UNKNOWN
+
+
+@pytest.mark.parametrize("colours", [("red", "blue"), ("white", "green"), ("pink", "pink")])
+def test_objects_that_touch_are_read(colours):
+    for number, (a, b) in enumerate(itertools.product(KINDS, KINDS)):
+        scene = beside(a, b, colours, gap=0, below=number % 2 == 1)
+        reading = read_scene(paint(scene))
+        assert content(reading.scene) == content(scene)
+        assert reading.stray == 0
+        assert reading.rmse < 0.08  # Pillow's corners are sharp
+
+
+@pytest.mark.parametrize("colours", [("red", "blue"), ("pink", "pink")])
+@pytest.mark.parametrize("shape", ["square", "ring"])
+def test_objects_that_overlap_are_not_read(shape, colours):
+    for size in RADII:
+        reading = read_scene(paint(beside((shape, size), ("square", "large"), colours, gap=-2, below=False)))
+        assert [item.shape for item in reading.scene.items] == [UNKNOWN]
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "like"),
+    [
+        (slice(15, 18), slice(9, 12), (0, 0)),  # a hole in the square
+        (slice(21, 25), slice(6, 10), (16, 10)),  # a bump on the square
+        (slice(17, 32), slice(16, 32), (0, 0)),  # half of the circle
+    ],
+)
+def test_objects_that_touch_are_read_all_or_none(row, column, like):
+    scene = beside(("square", "large"), ("circle", "large"), ("red", "white"), gap=0, below=False)
+    image = paint(scene)
+    assert content(read_scene(image).scene) == content(scene)
+    image[:, row, column] = image[:, like[0], like[1], None, None].clone()
+    assert [item.shape for item in read_scene(image).scene.items] == [UNKNOWN]
+
+
+def test_a_disc_of_two_colours_is_not_two_objects():
+    image = paint(Scene("black", (Item("circle", "red", "large", 16.0, 16.0),)))
+    image[:, :, 16:] = paint(Scene("black", (Item("circle", "white", "large", 16.0, 16.0),)))[:, :, 16:]
+    assert [item.shape for item in read_scene(image).scene.items] == [UNKNOWN]
 
 
 def test_unknown_colours_and_backgrounds():
