@@ -25,7 +25,8 @@ FAR = 0.4  # distance in RGB, where black and white are 3.5 apart: a colour fart
 SPECK = 4  # pixels; what is smaller is no object
 MISFIT = 0.04  # of a shape: squared error of coverage over squared coverage; above, it is another shape
 MOST_TOUCHING = 4  # objects of one region
-MOST_COMPARED = 6  # objects of a picture, the largest, with those of a caption
+ROUNDS = 3  # of fitting each of them to what the others leave
+MOST_COMPARED = 6  # objects of a picture, those of the largest patches, with those of a caption
 STRAY = 4  # pixels off the background and off all objects that a clean picture may have
 CAPTION = re.compile(r"(?:on (\w+) , )?(.+?)(?: on a (\w+) background| , (\w+) background| on (\w+))?")
 NOUN = re.compile(r"(a|an|one|two|three|four) (?:(small|little|large|big) )?(\w+) (\w+)")
@@ -51,8 +52,8 @@ class Reading:
     """What a picture shows.
 
     Attributes:
-        scene: items from the largest patch to the smallest, with 'unknown' for what could not be read and no order;
-            objects that touch are of one patch, and all of them can be read, or the patch is one that cannot.
+        scene: items by patch, from the largest patch to the smallest, with no order. Objects that touch share a patch:
+            all of them are read, or the patch is one item that is 'unknown'.
         rmse: root of the mean squared difference, in [-1, 1] units, from the clean scene that has been read, each
             object at the place where it fits best.
         stray: pixels that differ from the background though no object that was read is near.
@@ -257,36 +258,42 @@ class _Fit:
 def _read_region(contrast: Tensor, ground: Tensor, region: Tensor) -> list[_Fit]:
     """The object in a region (32, 32) or, where no shape fits, two or more that touch; else one that is unknown.
 
-    Objects are put one after the other where they explain most of what is left, and each is then fitted to what the
-    others leave, with all pixels of the region that are near to none. They count only if each is known.
+    Objects are added one by one where they explain most of what is left. Each is then fitted to what the others leave:
+    to the pixels near it and to those near no object, so that leftovers count against it. All are read, or none; and
+    none if some cover the same pixels.
 
     ``contrast`` (3, 32, 32) is the picture less its ``ground`` (3,), the colour of the background.
     """
     alone = _fit(contrast, ground, region)
     if alone.item.shape != UNKNOWN:
         return [alone]
-    layers = [_strongest(contrast * region)]
-    while len(layers) < MOST_TOUCHING:
-        layers.append(_strongest(contrast * region - sum(layers)))
-        fits = {}
-        for i in [*range(len(layers))] * 3:
-            near = torch.stack([_grown(layer.norm(dim=0) > 0) for layer in layers])
-            own, left = region & (near[i] | ~near.any(0)), contrast - sum(layers) + layers[i]
-            if (left.norm(dim=0) > FAR)[own].sum() < SPECK:
-                return [alone]
-            fits[i] = _fit(left, ground, own)
-            layers[i] = fits[i].layer
-        if all(fit.known for fit in fits.values()):
-            return [*fits.values()]
+    seeds = [_strongest(contrast * region)]
+    while len(seeds) < MOST_TOUCHING:
+        seeds.append(_strongest(contrast * region - sum(seeds)))
+        layers, fits = [*seeds], [alone] * len(seeds)
+        for _ in range(ROUNDS):
+            for i in range(len(layers)):
+                near = torch.stack([_grown(layer.norm(dim=0) > 0) for layer in layers])
+                own = region & (near[i] | ~near.any(0))
+                left = contrast - sum(layers) + layers[i]
+                if (left.norm(dim=0) > FAR)[own].sum() < SPECK:  # nothing is left for this one
+                    return [alone]
+                fits[i] = _fit(left, ground, own)
+                layers[i] = fits[i].layer
+        covered = torch.stack([fit.covered for fit in fits])
+        shared = (covered.sum(0) - 1).clamp(min=0).sum() / covered.sum((1, 2)).min()
+        if shared <= MISFIT and all(fit.known for fit in fits):
+            return fits
     return [alone]
 
 
 def _strongest(rest: Tensor) -> Tensor:
-    """What an object adds that explains most of the rest (3, 32, 32); any kind and colour, in the middle of a pixel."""
+    """What an object adds that explains most of the rest (3, 32, 32); of any kind and colour, centred in a pixel."""
     kinds, width = list(itertools.product(SHAPES, RADII)), 2 * REACH + 1
     shapes = torch.cat([coverage(shape, RADII[size], *torch.full((2, 1), width / 2), width) for shape, size in kinds])
-    alike = conv2d(rest[:, None], (shapes / shapes.flatten(1).norm(dim=1)[:, None, None])[:, None], padding=REACH)
-    kind, row, column = torch.unravel_index(alike.square().sum(0).argmax(), alike.shape[1:])
+    norms = shapes.flatten(1).norm(dim=1)[:, None, None]
+    explained = conv2d(rest[:, None], (shapes / norms)[:, None], padding=REACH).square().sum(0)
+    kind, row, column = torch.unravel_index(explained.argmax(), explained.shape)
     shape, size = kinds[kind]
     covered = coverage(shape, RADII[size], column[None] + 0.5, row[None] + 0.5)
     return covered * (rest * covered).sum((1, 2), keepdim=True) / covered.square().sum()
@@ -297,6 +304,8 @@ def _fit(contrast: Tensor, ground: Tensor, region: Tensor) -> _Fit:
     pixels = contrast[:, region]
     strongest = pixels.norm(dim=0).topk(max(len(pixels.T) // 5, SPECK)).indices
     axis = pixels[:, strongest].median(dim=1).values
+    if not (axis @ pixels > 0).any():  # colours that cancel
+        axis = pixels[:, strongest[0]]
     colour, _ = _nearest(ground + axis, COLOURS)
     share = torch.einsum("c,chw->hw", axis, contrast) / axis.square().sum() * region  # of the object in each pixel
     other = (contrast - share * axis[:, None, None]).square().sum(0)[region].sum() / axis.square().sum()

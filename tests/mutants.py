@@ -795,6 +795,42 @@ MUTANTS = {
         "run",
         "a run that should go on from another model began anew",
     ),
+    # scene_reader.py
+    "one known object is enough": Mutant(
+        "scene_reader.py",
+        "and all(fit.known for fit in fits):",
+        "and any(fit.known for fit in fits):",
+        "scenes",
+        "a region with a hole or a bump counted as objects that touch",
+    ),
+    "leftovers of a region are nobody's": Mutant(
+        "scene_reader.py",
+        "own = region & (near[i] | ~near.any(0))",
+        "own = region & near[i]",
+        "scenes",
+        "what lies beside two objects that touch was not held against them",
+    ),
+    "objects may cover each other": Mutant(
+        "scene_reader.py",
+        "if shared <= MISFIT and",
+        "if shared <= 1 and",
+        "scenes",
+        "a small object painted on a large one was read as two, one in a colour that is not there",
+    ),
+    "only two objects touch": Mutant(
+        "scene_reader.py",
+        "MOST_TOUCHING = 4",
+        "MOST_TOUCHING = 2",
+        "scenes",
+        "three or four objects that touch were one that is unknown",
+    ),
+    "colours cancel": Mutant(
+        "scene_reader.py",
+        "if not (axis @ pixels > 0).any():",
+        "if False:",
+        "scenes",
+        "a picture whose colours have the median 0 ended in an error",
+    ),
     # scene_posterior.py
     "equal objects in different colours": Mutant(
         "scene_posterior.py",

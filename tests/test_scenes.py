@@ -263,6 +263,33 @@ def test_objects_that_touch_are_read(colours):
         assert reading.rmse < 0.08  # Pillow's corners are sharp
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("colours", [("pink",) * 4, ("red", "green", "yellow", "blue")])
+def test_three_and_four_objects_that_touch_are_read(shape, colours):
+    """In a row, in a column, and two by two; but four equal squares two by two are one square."""
+    width = 2 * RADII["small"] * SHAPES[shape][0]
+    three = [16 - width, 16.0, 16 + width]
+    row, column = [(x, 16.3) for x in three], [(16.3, y) for y in three]
+    four = list(itertools.product((16 - width / 2, 16 + width / 2), repeat=2))
+    for places in (row, column, four):
+        items = tuple(Item(shape, colour, "small", *place) for colour, place in zip(colours, places))
+        shown = read_scene(paint(Scene("grey", items))).scene
+        if (shape, colours[0], len(items)) == ("square", "pink", 4):
+            assert [item.shape for item in shown.items] == [UNKNOWN]
+        else:
+            assert content(shown) == content(Scene("grey", items))
+            assert all(min(math.dist((a.x, a.y), (b.x, b.y)) for b in shown.items) < 0.3 for a in items)
+
+
+def test_objects_that_cover_the_same_pixels_are_not_read():
+    """Neither as the two of which the picture is the sum, nor as one on the other in a colour that is not there."""
+    left, right = (Item("circle", colour, "large", x, 16.0) for colour, x in (("red", 13.0), ("green", 19.0)))
+    assert [item.shape for item in read_scene(draw_scene(Scene("black", (left, right)))).scene.items] == [UNKNOWN]
+    large, small = Item("square", "orange", "large", 16.0, 16.0), Item("diamond", "red", "small", 16.0, 16.0)
+    shown = read_scene(paint(Scene("grey", (large, small)))).scene
+    assert [item.shape for item in shown.items] == [UNKNOWN]
+
+
 @pytest.mark.parametrize("colours", [("red", "blue"), ("pink", "pink")])
 @pytest.mark.parametrize("shape", ["square", "ring"])
 def test_objects_that_overlap_are_not_read(shape, colours):
@@ -276,6 +303,7 @@ def test_objects_that_overlap_are_not_read(shape, colours):
     [
         (slice(15, 18), slice(9, 12), (0, 0)),  # a hole in the square
         (slice(21, 25), slice(6, 10), (16, 10)),  # a bump on the square
+        (slice(21, 29), slice(7, 8), (16, 10)),  # a thread that hangs from it
         (slice(17, 32), slice(16, 32), (0, 0)),  # half of the circle
     ],
 )
@@ -306,6 +334,20 @@ def test_noise_is_no_scene(generator):
         reading = read_scene(image)
         assert isinstance(reading, Reading)
         assert not satisfies(reading, "a red circle")["all"]
+
+
+@pytest.mark.parametrize(
+    ("ground", "contrasts"),
+    [
+        (-1.0, [(2.0, 0.0, 0.0), (0.0, 2.0, 0.0), (0.0, 0.0, 2.0)]),  # whose median is 0
+        (0.18, [(-1.0, 0.3, 0.3), (0.3, -1.0, 0.3), (0.3, 0.3, -1.0)]),  # whose median leads away from all
+    ],
+)
+def test_colours_that_cancel_are_no_scene(ground, contrasts):
+    image = torch.full((3, 32, 32), ground)
+    for row, contrast in enumerate(contrasts, start=10):
+        image[:, row, 10:14] += torch.tensor(contrast)[:, None]
+    assert [item.shape for item in read_scene(image).scene.items] == [UNKNOWN]
 
 
 def test_captions_say_what_their_scenes_hold():
