@@ -25,6 +25,7 @@ FAR = 0.4  # distance in RGB, where black and white are 3.5 apart: a colour fart
 SPECK = 4  # pixels; what is smaller is no object
 MISFIT = 0.04  # of a shape: squared error of coverage over squared coverage; above, it is another shape
 MOST_TOUCHING = 4  # objects of one region
+SMALLEST = 36  # pixels; even a small triangle covers more
 ROUNDS = 3  # of fitting each of them to what the others leave
 MOST_COMPARED = 6  # objects of a picture, those of the largest patches, with those of a caption
 STRAY = 4  # pixels off the background and off all objects that a clean picture may have
@@ -267,8 +268,9 @@ def _read_region(contrast: Tensor, ground: Tensor, region: Tensor) -> list[_Fit]
     alone = _fit(contrast, ground, region)
     if alone.item.shape != UNKNOWN:
         return [alone]
+    room = int((contrast.norm(dim=0) > FAR)[region].sum()) // SMALLEST
     seeds = [_strongest(contrast * region)]
-    while len(seeds) < MOST_TOUCHING:
+    while len(seeds) < min(room, MOST_TOUCHING):
         seeds.append(_strongest(contrast * region - sum(seeds)))
         layers, fits = [*seeds], [alone] * len(seeds)
         for _ in range(ROUNDS):

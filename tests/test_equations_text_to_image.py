@@ -15,7 +15,7 @@ from ddpm_lib.checkpoint import read_tensors, shipped
 from ddpm_lib.scenes import Item, Scene, draw_scene
 from ddpm_lib.text import HEADS, TextEncoder, TextUNet
 from ddpm_lib.unet import CrossAttention, attend
-from scripts.scenes_results import RESULTS, SETTINGS, rows
+from scripts.scenes_results import RESULTS, SETTINGS, guided, rows
 
 WORDS = ("a", "red", "blue", "circle", "square", "above", "below")
 
@@ -277,6 +277,25 @@ def test_a_negative_condition_divides_by_its_law():
     gradient = torch.autograd.grad(((1 + w) * log_normal(1) - w * log_normal(0)).sum(), x)[0]
     found = guided(x.detach(), t, torch.ones(6, dtype=torch.long)).eps
     torch.testing.assert_close(found, -noise * gradient, rtol=0, atol=1e-9)
+
+
+@pytest.mark.equation("eq-text-early")
+@pytest.mark.parametrize("snr_scale", [1.0, 0.25])
+def test_the_weight_changes_where_the_noise_is_as_strong_as_the_signal(snr_scale):
+    schedule = Schedule.cosine(snr_scale=snr_scale)
+
+    class Told(nn.Module):
+        nothing = torch.tensor(0)
+
+        def forward(self, x: Tensor, steps: Tensor, condition: Tensor | None = None) -> Tensor:
+            return torch.full_like(x, 0.0 if condition is None else 1.0)
+
+    denoiser, x = guided(Denoiser(Told(), schedule), early=4.0, late=1.0), normal(1, 1, 2, 2)
+    eps = [float(denoiser(x, t, torch.tensor([1])).eps.mean()) for t in range(1, 1001)]
+    # The cosine of Nichol and Dhariwal, its ratio of signal to noise scaled: snr_scale / tan(angle)^2 = 1.
+    angle = math.atan(math.sqrt(snr_scale))
+    change = 1000 * ((1 + 0.008) * angle / (math.pi / 2) - 0.008)
+    assert eps == [5.0 if t > change else 2.0 for t in range(1, 1001)]
 
 
 # The stored table

@@ -6,38 +6,43 @@ import re
 import pytest
 import torch
 
-from ddpm_lib import Guided, pretrained, sample
+from ddpm_lib import pretrained, sample
 from ddpm_lib.checkpoint import MODELS
 from ddpm_lib.degradation import grey
 from ddpm_lib.scene_posterior import look_alikes, painted_colours
 from ddpm_lib.scene_reader import read_scene, satisfies
 from ddpm_lib.scenes import captioned_scenes, draw_scene, scenes
-from scripts.scenes_results import RESULTS, WALK
+from scripts.scenes_results import PLAIN, RESULTS, SAMPLED, STRONG_EARLY, WALK, guided
 
 NUMBER = 60
 
 
-def stored() -> dict:
-    return json.loads(RESULTS.read_text())
+def stored(split: str, family: str, weights: dict[str, float]) -> dict:
+    usual = {"split": split, "family": family, **weights, **WALK}
+    (row,) = (row for row in json.loads(RESULTS.read_text())["sampled"] if usual.items() <= row.items())
+    return row
 
 
-def test_the_card_shows_the_stored_results():
+@pytest.mark.parametrize(("split", "family"), SAMPLED)
+def test_the_card_shows_the_stored_results(split, family):
+    plain, strong = (stored(split, family, weights) for weights in (PLAIN, STRONG_EARLY))
+    figures = " | ".join(
+        f"{share:.1%}" for share in (plain["all"], *(strong[key] for key in ("all", "shape", "colour")))
+    )
     card = (MODELS / "scenes.md").read_text(encoding="utf-8")
-    for row in stored()["sampled"]:
-        if row["weight"] == 1 and WALK.items() <= row.items():
-            figures = " | ".join(f"{row[name]:.1%}" for name in ("all", "shape", "colour"))
-            assert f"| {row['split']} | {row['family']} | {figures} | {row['rmse']:.3f} |" in card
+    assert f"| {split} | {family} | {figures} | {strong['rmse']:.3f} |" in card
 
 
-@pytest.mark.parametrize("split", ["test", "held-out pairs"])
-def test_pairs_are_drawn_as_often_as_the_card_says(split):
-    usual = {"split": split, "family": "pairs", "weight": 1.0, **WALK}
-    (row,) = (row for row in stored()["sampled"] if usual.items() <= row.items())
-    model = pretrained("scenes")
+@pytest.mark.parametrize(
+    ("split", "weights"), [("test", PLAIN), ("test", STRONG_EARLY), ("held-out pairs", STRONG_EARLY)]
+)
+def test_pairs_are_drawn_as_often_as_the_card_says(split, weights):
+    row, model = stored(split, "pairs", weights), pretrained("scenes")
     _, captions = scenes(NUMBER, split, seed=77, family="pairs")
     tokens = model.network.encoder.tokenise(captions)
     options = {**WALK, "variance": "beta_tilde", "generator": torch.Generator().manual_seed(7)}
-    readings = [read_scene(x) for x in sample(Guided(model, 1.0), (NUMBER, 3, 32, 32), condition=tokens, **options)]
+    denoiser = guided(model, **weights)
+    readings = [read_scene(x) for x in sample(denoiser, (NUMBER, 3, 32, 32), condition=tokens, **options)]
     right = [satisfies(reading, caption)["all"] for reading, caption in zip(readings, captions)]
     share, deviation = row["all"], (row["all"] * (1 - row["all"]) / NUMBER + 1 / NUMBER**2) ** 0.5
     assert sum(right) / NUMBER == pytest.approx(share, abs=3 * deviation)
