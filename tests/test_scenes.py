@@ -345,8 +345,8 @@ def test_noise_is_no_scene(generator):
 )
 def test_colours_that_cancel_are_no_scene(ground, contrasts):
     image = torch.full((3, 32, 32), ground)
-    for row, contrast in enumerate(contrasts, start=10):
-        image[:, row, 10:14] += torch.tensor(contrast)[:, None]
+    for column, contrast in enumerate(contrasts, start=10):
+        image[:, 10:18, column] += torch.tensor(contrast)[:, None]
     assert [item.shape for item in read_scene(image).scene.items] == [UNKNOWN]
 
 
