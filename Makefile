@@ -13,7 +13,7 @@ CHAPTERS = $(wildcard book/*.ipynb)
 INPUTS = $(sort $(wildcard ddpm_lib/*.py ddpm_lib/datasets/* ddpm_lib/models/*)) constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve test unit chapters browser lint format notebooks mutants colab wheel digits digits-noisy-classifier fashion-mnist fashion-mnist-coarse fashion-mnist-blurred scenes scenes-grey scenes-text address hooks clean
+.PHONY: help book serve test unit chapters browser lint format notebooks mutants colab wheel digits digits-noisy-classifier fashion-mnist fashion-mnist-coarse fashion-mnist-blurred scenes scenes-grey scenes-text emoji emoji-text address hooks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-23s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -102,6 +102,14 @@ scenes: $(INSTALLED) ## train the shipped model for text to image again
 scenes-grey: $(INSTALLED) ## train the shipped model for colourisation again
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 -m ddpm_lib train $@ --folder _build/$@ --device cpu
 	$(BIN)/python -m ddpm_lib export _build/$@ ddpm_lib/models/$@.safetensors --bits 16
+
+emoji-text: $(INSTALLED) ## train the shipped text encoder of emoji names again
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.text_encoder --dataset emoji --objective pictures --steps 1000 --layers 1 \
+	    ddpm_lib/models/$@.safetensors
+
+emoji: $(INSTALLED) ## train the shipped model of emoji again
+	OMP_NUM_THREADS=1 $(BIN)/python -m ddpm_lib train $@ --folder _build/$@ --device cpu
+	$(BIN)/python -m ddpm_lib export _build/$@ ddpm_lib/models/$@.safetensors --bits 8
 
 address: ## carry the public address everywhere: make address REPOSITORY=owner/name
 	$(PYTHON) -m tools.address $(REPOSITORY)

@@ -17,8 +17,8 @@ def parameters(recipe):
 
 
 def test_the_recipes_of_the_issue_are_there():
-    expected = ["celebahq-256", "cifar10", "digits", "fashion-mnist", "fashion-mnist-blurred", "fashion-mnist-coarse"]
-    expected += ["image-folder", "lsun-256", "mnist", "scenes", "scenes-grey"]
+    expected = ["celebahq-256", "cifar10", "digits", "emoji", "fashion-mnist", "fashion-mnist-blurred"]
+    expected += ["fashion-mnist-coarse", "image-folder", "lsun-256", "mnist", "scenes", "scenes-grey"]
     assert recipe_names() == expected
 
 
