@@ -83,7 +83,7 @@ def load_images(
 
 
 def digits(split: str = "train") -> tuple[Tensor, Tensor]:
-    """Handwritten digits of 43 people: images (N, 1, 8, 8) float32 in [-1, 1] and labels (N,) in 0..9.
+    """Handwritten digits of 13 people: images (N, 1, 8, 8) float32 in [-1, 1] and labels (N,) in 0..9.
 
     ``split`` is 'train' (1,347 images), 'test' (450) or 'all'. Grey levels are whole numbers 0..16 in the source, so
     neighbouring levels lie 1/8 apart.
