@@ -224,16 +224,24 @@ def _templates() -> tuple[list[tuple[str, str]], Tensor, Tensor]:
 
     The centroid of every template lies within half a pixel of the centre of the patch.
     """
-    kinds, width = list(itertools.product(SHAPES, RADII)), 2 * REACH + 1
+    kinds, shapes = _centred()
+    width = shapes.shape[-1]
     steps = torch.linspace(-0.5, 0.5, 9)
     places = torch.cartesian_prod(steps, steps) + width / 2
     covered, centres = [], []
-    for shape, size in kinds:
-        middle = coverage(shape, RADII[size], *torch.full((2, 1), width / 2), width)
-        centre = places - _centroid(middle[0]) + width / 2
+    for (shape, size), middle in zip(kinds, shapes):
+        centre = places - _centroid(middle) + width / 2
         covered.append(coverage(shape, RADII[size], *centre.T.contiguous(), width).flatten(1))
         centres.append(centre)
     return kinds, torch.stack(covered), torch.stack(centres)
+
+
+@cache
+def _centred() -> tuple[list[tuple[str, str]], Tensor]:
+    """Kinds (shape, size), and what each covers of a square patch from its middle, (kinds, pixels, pixels)."""
+    kinds, width = list(itertools.product(SHAPES, RADII)), 2 * REACH + 1
+    middle = torch.full((2, 1), width / 2)
+    return kinds, torch.cat([coverage(shape, RADII[size], *middle, width) for shape, size in kinds])
 
 
 def _centroid(covered: Tensor) -> Tensor:
@@ -291,8 +299,7 @@ def _read_region(contrast: Tensor, ground: Tensor, region: Tensor) -> list[_Fit]
 
 def _strongest(rest: Tensor) -> Tensor:
     """What an object adds that explains most of the rest (3, 32, 32); of any kind and colour, centred in a pixel."""
-    kinds, width = list(itertools.product(SHAPES, RADII)), 2 * REACH + 1
-    shapes = torch.cat([coverage(shape, RADII[size], *torch.full((2, 1), width / 2), width) for shape, size in kinds])
+    kinds, shapes = _centred()
     norms = shapes.flatten(1).norm(dim=1)[:, None, None]
     explained = conv2d(rest[:, None], (shapes / norms)[:, None], padding=REACH).square().sum(0)
     kind, row, column = torch.unravel_index(explained.argmax(), explained.shape)
