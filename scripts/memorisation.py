@@ -4,7 +4,7 @@ Trains the digits recipe's network, without dropout, on N of the training digits
 N others, for several N. What the two draw from the same noise, after so many steps each, goes to
 ``ddpm_lib/datasets/memorisation.json``, where the chapter "Learned or memorised" reads it; beside it, what two
 memorisers draw, and two Gaussians. Then once more with a label of its own for each digit. On one thread that takes
-about a quarter of an hour.
+about two hours.
 """
 
 import json
@@ -34,7 +34,7 @@ from ddpm_lib.recipe import Recipe
 from scripts.training_signals import rounded
 
 RESULTS = Path(__file__).parent.parent / "ddpm_lib" / "datasets" / "memorisation.json"
-SETTINGS = {"sizes": [10, 80, 670], "steps": [125, 250, 500, 1000], "samples": 200, "walk": 50}
+SETTINGS = {"sizes": [10, 80, 670], "steps": [125, 250, 500, 1000, 2000, 4000, 8000], "samples": 200, "walk": 50}
 SCHEDULE = Schedule.linear()  # that of the digits recipe
 
 
