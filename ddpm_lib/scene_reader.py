@@ -238,7 +238,7 @@ def _templates() -> tuple[list[tuple[str, str]], Tensor, Tensor]:
 
 @cache
 def _centred() -> tuple[list[tuple[str, str]], Tensor]:
-    """Kinds (shape, size), and what each covers of a square patch from its middle, (kinds, pixels, pixels)."""
+    """Kinds (shape, size); what each covers of a square patch in whose middle it sits, (kinds, pixels, pixels)."""
     kinds, width = list(itertools.product(SHAPES, RADII)), 2 * REACH + 1
     middle = torch.full((2, 1), width / 2)
     return kinds, torch.cat([coverage(shape, RADII[size], *middle, width) for shape, size in kinds])
