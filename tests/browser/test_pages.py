@@ -44,6 +44,14 @@ def test_formulas_are_typeset_and_images_described(visit, path):
 
 
 @pytest.mark.parametrize("path", pages())
+def test_displayed_formulas_fit_a_phone(visit, path):
+    page = visit(path, "phone").page
+    page.evaluate("document.querySelectorAll('mjx-assistive-mml').forEach(copy => copy.remove())")
+    wide = "boxes => boxes.filter(box => box.scrollWidth > box.clientWidth + 1).map(box => box.parentElement.id)"
+    assert page.eval_on_selector_all("div.math mjx-container", wide) == []
+
+
+@pytest.mark.parametrize("path", pages())
 def test_links_inside_the_book_lead_somewhere(book, path):
     page = HTML / path
     for href in re.findall(r'<a class="(?:reference internal|eq-badge)" href="([^"]+)"', page.read_text("utf-8")):
