@@ -21,11 +21,10 @@ from .data import as_floats, picture
 from .degradation import GIVEN, grey
 from .evaluation import evaluate as measure
 from .guidance import Guided
-from .interop import from_diffusers, to_diffusers
+from .interop import to_diffusers
 from .onnx import export_onnx
-from .prediction import Denoiser
 from .recipe import Recipe, recipe_names
-from .released import PICKLES, from_pytorch_diffusion, is_port
+from .run import load_model
 from .sampling import sample as draw_samples
 from .training import NonFiniteError
 
@@ -38,16 +37,6 @@ Model = Annotated[
         "converted by pytorch_diffusion (.ckpt), or the name of a shipped model.",
     ),
 ]
-
-
-def load_model(model: str, device: str = "cpu") -> Denoiser:
-    """The denoiser that a MODEL argument means: a path, or the name of a model that the package ships."""
-    path = Path(model)
-    if path.is_dir() and not (path / "checkpoints").is_dir():
-        return from_diffusers(path).to(device)
-    if path.suffix in PICKLES or (path.suffix == ".safetensors" and is_port(path)):
-        return from_pytorch_diffusion(path).to(device)
-    return run.load_model(model, device)
 
 
 def sample(
@@ -83,15 +72,18 @@ def sample(
     """
     denoiser = load_model(model, device)
     config = denoiser.network.config
+    beside = config["image_channels"] is not None
+    has = {"label": config["classes"] is not None, "caption": "encoder" in config, "image": beside, "given": beside}
+    for option, value in {"label": label, "caption": caption, "image": image, "given": given}.items():
+        if value is not None and not has[option]:
+            raise ValueError(f"this model is told no {option}: leave --{option} out.")
     condition = None
     if config["classes"] is not None:
         labels = torch.arange(number, device=device) % config["classes"]
         condition = labels if label is None else torch.full_like(labels, label)
     elif caption is not None:
-        if "encoder" not in config:
-            raise ValueError("this model has no text encoder: leave the caption out.")
         condition = denoiser.network.encoder.tokenise([caption] * number).to(device)
-    elif config["image_channels"] is not None:
+    elif beside:
         if image is None or given is None:
             raise ValueError("this model is shown a part of each image: say which picture with --image and --given.")
         shown = as_floats(picture(image, config["image_size"]))

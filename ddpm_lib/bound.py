@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .prediction import Prediction
-from .sampling import VARIANCES
+from .sampling import VARIANCES, _evaluating, _normal
 from .schedule import Schedule
 
 
@@ -40,12 +40,12 @@ def bound_terms(
         raise ValueError(f"variance must be 'beta' or 'beta_tilde'; got {variance!r}.")
     schedule = denoiser.schedule if schedule is None else schedule
     log_variance = schedule.beta.log() if variance == "beta" else schedule.posterior_log_variance
-    entries = x0[0].numel()
+    entries = x0.shape[1:].numel()
     signal, noise = float(schedule.alpha_bar[-1]), float(1 - schedule.alpha_bar[-1])
     terms = [(signal * _sum(x0.square()) + entries * (noise - 1 - math.log(noise))) / 2]
     for t in range(1, schedule.T + 1):
-        x_t = schedule.q_sample(x0, t, torch.randn(x0.shape, generator=generator, dtype=x0.dtype))
-        with torch.no_grad():
+        x_t = schedule.q_sample(x0, t, _normal(x0.shape, x0, generator))
+        with torch.no_grad(), _evaluating(denoiser):
             guess = denoiser(x_t, t).x0
         sigma2 = math.exp(log_variance[t])
         mean, true_variance = schedule.posterior(x_t, x0, t)

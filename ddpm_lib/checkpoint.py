@@ -54,7 +54,11 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors of a safetensors file, whoever wrote it."""
+    """Header and tensors of a safetensors file, whoever wrote it.
+
+    Raises:
+        CheckpointError: no such file, or not a whole one.
+    """
     if not Path(path).is_file():
         raise CheckpointError(f"there is no checkpoint at {path}: no file has this name.")
     try:
@@ -219,7 +223,11 @@ def _from_8_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
-    """The denoiser that ``save_denoiser`` wrote, in evaluation mode; of a training checkpoint, the averaged one."""
+    """The denoiser that ``save_denoiser`` wrote, in evaluation mode; of a training checkpoint, the averaged one.
+
+    Raises:
+        CheckpointError: no such file, damaged, or not of a denoiser.
+    """
     config, tensors = read_checkpoint(path, "denoiser", "training")
     try:
         if "denoiser" in config:
@@ -240,7 +248,12 @@ def save_text_encoder(encoder: TextEncoder, path: str | Path) -> None:
 
 
 def load_text_encoder(name: str | Path) -> TextEncoder:
-    """The text encoder that the package ships under this name, or that ``save_text_encoder`` wrote to this path."""
+    """The text encoder that the package ships under this name, or that ``save_text_encoder`` wrote to this path.
+
+    Raises:
+        CheckpointError: no such file, damaged, or not of a text encoder.
+        ValueError: no shipped one of this name.
+    """
     path = Path(name) if Path(name).suffix == ".safetensors" else shipped(str(name))
     config, tensors = read_checkpoint(path, "text encoder")
     try:
@@ -273,5 +286,9 @@ def shipped_names() -> list[str]:
 
 
 def pretrained(name: str = "digits", device: str | torch.device = "cpu") -> Denoiser:
-    """A denoiser that the package ships; its model card lies beside it in ``ddpm_lib/models``."""
+    """A denoiser that the package ships; its model card lies beside it in ``ddpm_lib/models``.
+
+    Raises:
+        ValueError: no such model; the message lists those there are.
+    """
     return load_denoiser(shipped(name), device)

@@ -7,6 +7,7 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from .degradation import GIVEN
 from .recipe import Recipe
 from .training import Trainer, best_device
 
@@ -14,7 +15,7 @@ TIMED_BATCH, TIMED_STEPS = 16, 3  # on a CPU; an accelerator gets the whole batc
 
 
 def cost(recipe: Recipe, device: str | torch.device | None = None) -> dict[str, str]:
-    """Figures in words, by name. Takes no data: the images are random. Times three steps on the device."""
+    """Figures in words, by name. Takes no data: all images are zero. Times three steps on the device."""
     device = torch.device(device) if device else best_device()
     training, network = recipe.training, recipe.network
     denoiser = recipe.denoiser()
@@ -27,6 +28,8 @@ def cost(recipe: Recipe, device: str | torch.device | None = None) -> dict[str, 
     options = recipe.trainer_options() | {"batch_size": size, "accumulate": 1 if size < batch else training.accumulate}
     nothing = denoiser.network.nothing
     conditions = None if nothing is None else torch.zeros(size, *nothing.shape, dtype=torch.long)
+    if recipe.data.given is not None:
+        conditions = GIVEN[recipe.data.given]
     trainer = Trainer(denoiser, images, conditions, **options, device=device)
     times = []
     for _ in range(1 + TIMED_STEPS):
@@ -50,6 +53,8 @@ def per_image(recipe: Recipe) -> tuple[int, int]:
     network = recipe.denoiser().network.to("meta")
     config = recipe.network
     x = torch.zeros(1, config.in_channels, config.image_size, config.image_size, device="meta")
+    beside = network.config["image_channels"]
+    seen = None if beside is None else torch.zeros(1, beside, *x.shape[2:], device="meta")
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -58,6 +63,7 @@ def per_image(recipe: Recipe) -> tuple[int, int]:
         return tensor
 
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
-        output = network(x, torch.zeros(1, dtype=torch.long, device="meta"))  # alive, so that no storage is used twice
+        steps = torch.zeros(1, dtype=torch.long, device="meta")
+        output = network(x, steps, seen)  # alive, so that no storage is used twice
     assert output.shape == x.shape
     return counter.get_total_flops(), sum(kept.values())

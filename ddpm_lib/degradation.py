@@ -23,8 +23,11 @@ class Degradation(Protocol):
     def transpose(self, y: Tensor) -> Tensor:
         """``A^T y``, of the shape of images."""
 
-    def pseudo_inverse(self, y: Tensor, ridge: float = 0.0) -> Tensor:
-        """``A^T (A A^T + ridge)^-1 y``; for ridge 0 the pseudo-inverse ``A^+ y``, for which A A^+ A = A."""
+    def pseudo_inverse(self, y: Tensor, ridge: float | Tensor = 0.0) -> Tensor:
+        """``A^T (A A^T + ridge)^-1 y``; for ridge 0 the pseudo-inverse ``A^+ y``, for which A A^+ A = A.
+
+        The ridge is one number, or a tensor of shape () or (B, 1, ..., 1).
+        """
 
 
 class _EqualRows:
@@ -32,7 +35,7 @@ class _EqualRows:
 
     gain = 1.0
 
-    def pseudo_inverse(self, y: Tensor, ridge: float = 0.0) -> Tensor:
+    def pseudo_inverse(self, y: Tensor, ridge: float | Tensor = 0.0) -> Tensor:
         return self.transpose(y) / (self.gain + ridge)
 
 
@@ -114,10 +117,9 @@ class Blur:
     def _filter(self, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         if x.ndim != 4:
             raise ValueError(f"images must have shape (B, C, H, W); got {tuple(x.shape)}.")
-        rows, columns = _cosines(x.shape[2]), _cosines(x.shape[3])
-        damping = self._damping(len(rows))[:, None] * self._damping(len(columns))
+        rows, columns = _cosines(x.shape[2]).to(x.device), _cosines(x.shape[3]).to(x.device)
+        damping = (self._damping(len(rows))[:, None] * self._damping(len(columns))).to(x.device)
         factor = torch.where(damping < self.SMALLEST, 0, change(damping))
-        rows, columns, factor = (table.to(x.device) for table in (rows, columns, factor))
         return (rows.T @ (factor * (rows @ x.double() @ columns.T)) @ columns).to(x.dtype)
 
     def _damping(self, n: int) -> Tensor:
@@ -129,7 +131,7 @@ class Blur:
 
     transpose = forward
 
-    def pseudo_inverse(self, y: Tensor, ridge: float = 0.0) -> Tensor:
+    def pseudo_inverse(self, y: Tensor, ridge: float | Tensor = 0.0) -> Tensor:
         return self._filter(y, lambda damping: damping / (damping**2 + ridge))
 
 

@@ -16,7 +16,7 @@ from .inception import Inception
 from .loss import simple_loss
 from .metrics import frechet_distance, inception_score, precision_recall
 from .prediction import Denoiser
-from .sampling import sample
+from .sampling import _evaluating, sample
 from .scene_reader import satisfies
 
 BATCH = 250
@@ -71,8 +71,12 @@ def evaluate(
         conditions = denoiser.network.encoder.tokenise(captions).to(device)
     elif given is not None:
         conditions = GIVEN[given](images)
+    elif classes is None:
+        conditions = None
+    elif isinstance(labels, Tensor):
+        conditions = labels[:number].to(device)
     else:
-        conditions = None if classes is None else labels[:number].to(device)
+        raise ValueError(f"this model is told classes, but {dataset} has no labels to tell it.")
     figures = _losses(denoiser, images, conditions, seed)
     walker = Guided(denoiser, weight) if weight else denoiser
     walk = {"steps": steps, "eta": eta, "variance": variance}
@@ -130,6 +134,8 @@ def _share_shown(images: Tensor, captions: list[str]) -> float:
 def _losses(denoiser: Denoiser, images: Tensor, labels: Tensor | None, seed: int) -> dict[str, float]:
     """Mean loss on the images for each quarter of the steps, one random step of the quarter per image."""
     T, generator = denoiser.schedule.T, torch.Generator().manual_seed(seed)
+    if T < 4:
+        raise ValueError(f"the losses are told for quarters of the steps; this schedule has only {T}.")
     figures = {}
     for quarter in range(4):
         low, high = quarter * T // 4 + 1, (quarter + 1) * T // 4
@@ -137,7 +143,7 @@ def _losses(denoiser: Denoiser, images: Tensor, labels: Tensor | None, seed: int
         eps = torch.randn(images.shape, generator=generator)
         t, eps = t.to(images.device), eps.to(images.device)
         columns = [images, t, eps] if labels is None else [images, t, eps, labels]
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(denoiser):
             losses = [simple_loss(denoiser, *part) for part in zip(*(column.split(BATCH) for column in columns))]
         figures[f"loss on held-out images, t = {low} to {high}"] = float(torch.cat(losses).mean())
     return figures

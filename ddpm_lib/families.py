@@ -82,7 +82,7 @@ class Family(nn.Module):
         self.size, self.learning_rate = _positive_int("size", size), learning_rate
 
     def fit(self, data: Tensor, steps: int, *, batch_size: int = 256, seed: int = 0) -> Iterator[float]:
-        """Train on data (N, size) for this many steps, and yield the loss after each.
+        """Train on data (N, size) on the CPU for this many steps, and yield the loss after each: loop to the end.
 
         The learning rate falls to 0 along a half cosine. At the end the weights are their moving average. The batches
         and the noise in training depend on ``seed`` only.

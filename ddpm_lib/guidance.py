@@ -22,9 +22,9 @@ class Guided(nn.Module):
 
     Args:
         denoiser: conditional, trained with the condition left out now and then.
-        weight: 0 for no guidance; samples become clearer and less varied as it grows. A tensor that broadcasts to x_t
-            gives each sample its own. A function of x_t and t gives each step its own; where it returns the number 0
-            the second pass is saved. diffusers' ``guidance_scale`` is ``1 + weight``.
+        weight: 0 for no guidance; samples become clearer and less varied as it grows. A tensor with as many dimensions
+            as x_t, of images (B, 1, 1, 1), gives each sample its own. A function of x_t and t gives each step its own;
+            where it returns the number 0 the second pass is saved. diffusers' ``guidance_scale`` is ``1 + weight``.
         negative: a condition to lean away from, which takes the place of no condition: as the denoiser takes it, one
             for each sample, or one for all of them (first dimension 1).
 
@@ -35,13 +35,13 @@ class Guided(nn.Module):
         super().__init__()
         self.denoiser, self.weight, self.schedule = denoiser, weight, denoiser.schedule
         self.negative = negative
-        self.train(denoiser.training)
 
     def forward(self, x_t: Tensor, t: int | Tensor, condition: Tensor | None = None) -> Prediction:
+        """The guided prediction for x_t (B, ...) at t; the condition is as the denoiser takes it."""
         if condition is None:
             raise ValueError("guidance leads towards a condition; got none.")
         given = self.denoiser(x_t, t, condition)
-        weight = self.weight(x_t, t) if callable(self.weight) else self.weight
+        weight = weight_at(self.weight, x_t, t)
         if not isinstance(weight, Tensor) and weight == 0:
             return given
         eps = given.eps + weight * (given.eps - self._without(x_t, t).eps)
@@ -59,6 +59,19 @@ class Guided(nn.Module):
         return self.denoiser(x_t, t, negative.to(x_t.device).expand(len(x_t), *negative.shape[1:]))
 
 
+def weight_at(weight: Weight, x_t: Tensor, t: int | Tensor) -> float | Tensor:
+    """A weight at x_t and t: a number, or a tensor with no dimension or with as many as x_t, so that it cannot
+    multiply along another one than it was meant for.
+    """
+    weight = weight(x_t, t) if callable(weight) else weight
+    if isinstance(weight, Tensor) and weight.ndim not in (0, x_t.ndim):
+        raise ValueError(
+            f"a weight for each sample must have as many dimensions as x_t, shape {(len(x_t), *[1] * (x_t.ndim - 1))}; "
+            f"got {tuple(weight.shape)}."
+        )
+    return weight
+
+
 class ClassifierGuided(nn.Module):
     """Guidance by the gradient of a classifier: a denoiser with no condition is led to a class.
 
@@ -70,23 +83,23 @@ class ClassifierGuided(nn.Module):
         classifier: called as ``classifier(x_t, t)``; gives logits (B, classes) for *noisy* images. It must have been
             trained under the schedule of the denoiser.
         weight: 1 for the law of the class by Bayes' rule, 0 for no guidance. With an exact classifier, ``weight`` here
-            is ``1 + weight`` of ``Guided``. A tensor that broadcasts to x_t gives each sample its own.
+            is ``1 + weight`` of ``Guided``. A tensor or a function, as there.
 
     Source: Dhariwal and Nichol (2021), algorithm 2; with ancestral sampling it stands in for their algorithm 1.
     """
 
-    def __init__(self, denoiser: Denoiser, classifier: Callable[..., Tensor], weight: float | Tensor = 1.0):
+    def __init__(self, denoiser: Denoiser, classifier: Callable[..., Tensor], weight: Weight = 1.0):
         super().__init__()
         self.denoiser, self.classifier, self.weight = denoiser, classifier, weight
         self.schedule = denoiser.schedule
-        self.train(getattr(denoiser, "training", False))
 
     def forward(self, x_t: Tensor, t: int | Tensor, condition: Tensor | None = None) -> Prediction:
+        """The guided prediction for x_t (B, ...) at t; the condition is the class, (B,)."""
         if condition is None:
             raise ValueError("guidance leads towards a class; got none.")
         noise = self.schedule.at("noise", t, x_t)
         gradient = label_gradient(self.classifier, x_t, t, condition)
-        eps = self.denoiser(x_t, t).eps - self.weight * noise * gradient
+        eps = self.denoiser(x_t, t).eps - weight_at(self.weight, x_t, t) * noise * gradient
         return Prediction.of("eps", eps, x_t, t, self.schedule)
 
 
@@ -100,6 +113,7 @@ def label_gradient(classifier: Callable[..., Tensor], x_t: Tensor, t: int | Tens
             f"labels must be one whole number per image, shape ({len(x_t)},); "
             f"got {label.dtype} of shape {tuple(label.shape)}."
         )
+    label = label.to(x_t.device)
     with torch.enable_grad():
         x = x_t.detach().requires_grad_()
         logits = classifier(x, t)
@@ -112,7 +126,7 @@ def label_gradient(classifier: Callable[..., Tensor], x_t: Tensor, t: int | Tens
 class NoisyClassifier(nn.Module):
     """Names the class of a *noisy* image, for ``ClassifierGuided``; smooth, so that its gradient is one, too.
 
-    Three convolutions and two linear layers on square grey images, for 10 classes; it is told the step.
+    Three convolutions and two linear layers on square grey images of even side, for 10 classes; it is told the step.
     """
 
     def __init__(self, image_size: int = 8, width: int = 32, features: int = 32):

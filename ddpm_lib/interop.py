@@ -386,7 +386,10 @@ def _find(folder: str | Path, name: str, *places: str) -> Path:
     for path in paths:
         if path.is_file():
             return path
-    raise CheckpointError(f"there is no {name} in {folder} or where else diffusers puts it ({', '.join(places)}).")
+    raise CheckpointError(
+        f"there is no {name} in {folder} or where else diffusers puts it ({', '.join(places)}). "
+        "Models on the hub are not fetched: download the folder first."
+    )
 
 
 def _read_config(path: Path, kind: str, silent: dict) -> dict:

@@ -14,19 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from .degradation import Degradation
-from .guidance import Weight
+from .guidance import Weight, weight_at
 from .prediction import Prediction
-from .sampling import _normal, _start, step, timesteps
+from .sampling import _evaluating, _normal, _start, step, timesteps
 from .schedule import _positive_int
 
 
 class _Wrapper(nn.Module):
-    """A denoiser inside a denoiser: it keeps the schedule and the mode, and hands the condition on."""
+    """A denoiser inside a denoiser: it keeps the schedule and hands the condition on."""
 
     def __init__(self, denoiser: Callable[..., Prediction]):
         super().__init__()
         self.denoiser, self.schedule = denoiser, denoiser.schedule
-        self.train(getattr(denoiser, "training", False))
 
     def ask(self, x_t: Tensor, t: int | Tensor, condition: Tensor | None) -> Prediction:
         """What the denoiser inside says."""
@@ -133,8 +132,8 @@ class DPS(_Likelihood):
     Args:
         denoiser: any that can be differentiated.
         degradation, y: what is known.
-        weight: a number, or a function of x_t and t. ``(noise / signal)^2 / sigma^2`` is the likelihood of equation 16
-            of the paper with noise sigma in y; ``2 zeta / (signal c0)``, with c0 of
+        weight: a number, a tensor or a function of x_t and t, as for ``Guided``. ``(noise / signal)^2 / sigma^2`` is
+            the likelihood of equation 16 of the paper with noise sigma in y; ``2 zeta / (signal c0)``, with c0 of
             ``schedule.posterior_coefficients(t)``, its algorithm 1 with step size zeta.
 
     Source: Chung et al. (2023), equation 16 and algorithm 1; a constant weight is that of Ho et al. (2022), Video
@@ -146,7 +145,7 @@ class DPS(_Likelihood):
         self.weight = weight
 
     def pull(self, residual, prediction, back, t, x_t):
-        weight = self.weight(x_t, t) if callable(self.weight) else self.weight
+        weight = weight_at(self.weight, x_t, t)
         return weight * (prediction.signal / prediction.noise) ** 2 * self.degradation.transpose(residual)
 
 
@@ -291,13 +290,13 @@ def repaint(
 
     Source: Lugmayr et al. (2022), algorithm 1 (RePaint).
     """
-    x, schedule = _start(denoiser, shape, generator) if x_T is None else x_T, denoiser.schedule
+    x, schedule = _start(denoiser, shape, x_T, generator), denoiser.schedule
     for t, s in pairwise(repaint_path(schedule.T, steps, jump, resamplings)):
         if s > t:
             beta, _ = schedule.between(s, t)
             x = math.sqrt(1 - beta) * x + math.sqrt(beta) * _normal(x.shape, x, generator)
             continue
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(denoiser):
             prediction = denoiser(x, t) if condition is None else denoiser(x, t, condition)
         prediction = prediction.clip() if clip else prediction
         x = step(prediction, t, s, schedule, eta=eta, variance=variance, generator=generator)

@@ -62,8 +62,8 @@ def inception_score(logits: Tensor) -> float:
     """exp of the mean Kullback-Leibler divergence from p(class) to p(class | image), between 1 and C.
 
     Args:
-        logits: of a classifier, (N, C). With the Inception network's it is the Inception score; with another's, its
-            analogue.
+        logits: of a classifier, (N, C). With the Inception network's it is the Inception score (of all images at once;
+            the published ones are means over ten parts, a little lower); with another's, its analogue.
 
     Source: Salimans et al. (2016).
     """

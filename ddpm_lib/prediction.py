@@ -88,5 +88,6 @@ class Denoiser(nn.Module):
         """Prediction for x_t of shape (B, ...) at steps t in 1..T (an int, or integers of shape (B,))."""
         self.schedule.check(t)
         steps = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
-        output = self.network(x_t, steps - 1) if condition is None else self.network(x_t, steps - 1, condition)
+        told = () if condition is None else (condition.to(x_t.device),)
+        output = self.network(x_t, steps - 1, *told)
         return Prediction.of(self.predicts, output.to(x_t.dtype), x_t, steps, self.schedule)

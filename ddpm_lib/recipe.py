@@ -117,7 +117,7 @@ class Training:
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do about NaN: stop the run, or leave out that step."""
     weights_from: str | None = None
-    """Weights to start from: those of a shipped model, of a run's folder, or of a .safetensors file."""
+    """Weights to start from: MODEL as ``python -m ddpm_lib info`` takes it."""
     seed: int = 0
     """Of the first weights and of all randomness in training."""
 
@@ -164,6 +164,8 @@ class Recipe:
         """The untrained denoiser; the caller has seeded torch."""
         config = {"name": self.noise.schedule, "T": self.noise.T}
         if self.noise.snr_scale != 1:
+            if self.noise.schedule != "cosine":
+                raise ValueError(f"snr_scale belongs to the cosine schedule; this recipe's is {self.noise.schedule}.")
             config["snr_scale"] = self.noise.snr_scale
         options = asdict(self.network)
         if self.data.given is not None:

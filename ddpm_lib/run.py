@@ -25,8 +25,10 @@ from . import plots
 from .checkpoint import CheckpointError, fit_state, load_denoiser, pretrained, write_file
 from .data import as_floats, load_images
 from .degradation import GIVEN
+from .interop import from_diffusers
 from .prediction import Denoiser
 from .recipe import Recipe
+from .released import PICKLES, from_pytorch_diffusion, is_port
 from .sampling import sample
 from .training import Trainer, TrainStep, best_device
 
@@ -141,7 +143,7 @@ def save(trainer: Trainer, folder: Path) -> None:
         path.unlink()
 
 
-def load_run(folder: Path, device: str | torch.device = "cpu"):
+def load_run(folder: Path, device: str | torch.device = "cpu") -> Denoiser:
     """The averaged denoiser of the newest whole checkpoint of a run."""
     found = checkpoints(folder)
     if not found:
@@ -155,10 +157,18 @@ def load_run(folder: Path, device: str | torch.device = "cpu"):
 
 
 def load_model(name: str, device: str | torch.device = "cpu") -> Denoiser:
-    """The denoiser of a run's folder, of a .safetensors file, or the one that the package ships under this name."""
+    """The denoiser that a MODEL argument means: a path, or the name of a model that the package ships.
+
+    A path is that of a run's folder, of a .safetensors file, of a folder in diffusers' layout, or of the paper's
+    released weights (see ``from_pytorch_diffusion``).
+    """
     path = Path(name)
     if (path / "checkpoints").is_dir():
         return load_run(path, device)
+    if path.is_dir():
+        return from_diffusers(path).to(device)
+    if path.suffix in PICKLES or (path.suffix == ".safetensors" and is_port(path)):
+        return from_pytorch_diffusion(path).to(device)
     return load_denoiser(path, device) if path.suffix == ".safetensors" else pretrained(name, device)
 
 

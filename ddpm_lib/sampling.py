@@ -99,7 +99,7 @@ def sample_steps(
 
     Args:
         denoiser: called as ``denoiser(x_t, t)``, or with the condition as third argument if one is given.
-        shape: of the samples, (B, ...); not needed when x_T is given.
+        shape: of the samples, (B, ...); not needed when x_T is given, which must have it.
         steps: how many steps to take (all T if None), or the steps themselves, falling from T to 0.
         eta, variance: see ``transition``.
         clip: clip the predicted x0 to [-1, 1] before the mean is formed.
@@ -112,7 +112,7 @@ def sample_steps(
     """
     schedule = denoiser.schedule if schedule is None else schedule
     path = _path(schedule.T, steps)
-    x_T = _start(denoiser, shape, generator) if x_T is None else x_T
+    x_T = _start(denoiser, shape, x_T, generator)
     return _walk(denoiser, x_T, path, schedule, eta, variance, clip, condition, generator)
 
 
@@ -141,8 +141,14 @@ def _path(T: int, steps: int | Sequence[int] | None) -> list[int]:
     return path
 
 
-def _start(denoiser: Callable, shape: Sequence[int] | None, generator: torch.Generator | None) -> Tensor:
-    """Noise to start from, where the denoiser's weights are."""
+def _start(
+    denoiser: Callable, shape: Sequence[int] | None, x_T: Tensor | None, generator: torch.Generator | None
+) -> Tensor:
+    """The noise to start from: x_T, or noise of this shape where the denoiser's weights are."""
+    if x_T is not None:
+        if shape is not None and tuple(shape) != tuple(x_T.shape):
+            raise ValueError(f"shape is {tuple(shape)}, but x_T has the shape {tuple(x_T.shape)}: leave one out.")
+        return x_T
     if shape is None:
         raise ValueError("give the shape of the samples, or the noise x_T to start from.")
     like = next(denoiser.parameters(), torch.empty(())) if isinstance(denoiser, nn.Module) else torch.empty(())
@@ -156,12 +162,13 @@ def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | Non
 
 @contextmanager
 def _evaluating(denoiser):
-    """Dropout off while the denoiser is asked."""
-    training = isinstance(denoiser, nn.Module) and denoiser.training
-    if training:
-        denoiser.eval()
+    """Dropout off, in every part of the denoiser, while it is asked."""
+    parts = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
+    training = [part for part in parts if part.training]
+    for part in training:
+        part.training = False
     try:
         yield
     finally:
-        if training:
-            denoiser.train()
+        for part in training:
+            part.training = True

@@ -59,8 +59,8 @@ class Schedule:
     def linear(cls, T: int = 1000, beta_1: float | None = None, beta_T: float | None = None) -> Schedule:
         """beta rises linearly from beta_1 to beta_T.
 
-        The defaults are 0.1 / T and 20 / T: the paper's 1e-4 and 0.02 at T = 1000, and about the same alpha_bar_T
-        for any other T above 20.
+        The defaults are 0.1 / T and 20 / T: the paper's 1e-4 and 0.02 at T = 1000, where alpha_bar_T is 4.0e-5. With
+        more steps it stays near that (at most 4.4e-5), with fewer it falls: 2.0e-5 at T = 100, 2.4e-7 at T = 25.
 
         Source: Ho, Jain, Abbeel (2020), section 4.
         """
@@ -147,7 +147,8 @@ class Schedule:
             raise ValueError(f"images and noise must be floating-point tensors; got {like.dtype}.")
         key = table, like.device, like.dtype
         if key not in self._copies:
-            self._copies[key] = getattr(self, table).to(like.dtype).to(like.device)
+            with torch.inference_mode(False):  # the copy must serve a gradient later, too
+                self._copies[key] = getattr(self, table).to(like.dtype).to(like.device)
         values = self._copies[key][t]
         if values.ndim == 0:
             return values

@@ -121,7 +121,7 @@ class PretrainedEncoder(nn.Module):
         """Features (B, length, width) of tokens (B, length)."""
         padding, end = self.tokeniser.pad_token_id, self.tokeniser.eos_token_id
         mask = None if padding == end else (tokens != padding).long()  # CLIP fills up with its mark of the end
-        return self.unsaved[0].to(tokens.device)(input_ids=tokens, attention_mask=mask).last_hidden_state
+        return self.unsaved[0].to(tokens.device)(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
 
 
 class TextUNet(nn.Module):

@@ -71,10 +71,10 @@ class Trainer:
     Args:
         denoiser: trained in place, on ``device``.
         images: (N, C, H, W), floats in [-1, 1] or uint8, which the device turns into floats batch by batch; they move
-            to the device whole.
+            to the device whole. (Floats in [0, 1], as torchvision's ToTensor gives them, want ``2 * images - 1``.)
         conditions: what each image shows, for a network that is told: labels (N,), tokens of captions (N, length), or
-            images beside them (N, channels, H, W), floats; or a function that makes images of the latter kind from the
-            images (B, C, H, W) of a batch.
+            images beside them (N, channels, H, W), floats, which ``flip`` mirrors with them; or a function that makes
+            images of the latter kind from the images (B, C, H, W) of a batch.
         batch_size: images per step, over all processes.
         accumulate: parts in which a process works through its share of a batch, to save memory.
         optimiser: 'adam' or 'muon' (see ``Muon``).
@@ -83,7 +83,7 @@ class Trainer:
             by orthogonal steps; with Adam, all (AdamW, Loshchilov and Hutter 2019).
         warmup: steps over which the learning rate rises linearly from 0.
         decay_steps: if given, the learning rate falls linearly to 2% at this step, and stays there.
-        ema_decay: weight of the old average in the moving average of weights.
+        ema_decay: weight of the old average in the moving average of weights (buffers stay as they were at first).
         ema_warmup: use min(ema_decay, (1 + n) / (10 + n)) after n steps, which forgets the random start; False for
             the paper's constant.
         clip_norm: the gradient is scaled down to this norm if it is longer.
@@ -93,7 +93,7 @@ class Trainer:
         precision: of the forward pass: 'float32', 'bfloat16' or 'float16' (autocast; the latter with a loss scale that
             adapts), or 'auto' for bfloat16 where the hardware computes in it.
         compile: let ``torch.compile`` fuse the network; worth its minutes on a GPU only.
-        channels_last: lay images and weights out with channels innermost, which the GPU's convolutions prefer.
+        channels_last: lay the weights out with channels innermost, which the GPU's convolutions prefer.
         nonfinite: 'stop' raises NonFiniteError within 100 steps of a NaN or infinite gradient; 'skip' goes on.
         seed: of all randomness in training.
         device: 'cpu', 'cuda' or 'mps'.
@@ -176,8 +176,10 @@ class Trainer:
         self.accumulate, self.nonfinite = accumulate, nonfinite
         self.device = torch.device(device)
         self.data_sha256 = _fingerprint(images, conditions)
-        self.images = images.to(self.device)
-        self.conditions = conditions.to(self.device) if isinstance(conditions, Tensor) else conditions
+        self.images = images.contiguous().to(self.device)  # noise is drawn in the order of memory
+        if isinstance(conditions, Tensor):
+            conditions = (conditions if conditions.is_floating_point() else conditions.long()).to(self.device)
+        self.conditions = conditions
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.denoiser = denoiser.to(self.device, memory_format=layout)
         self.ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
@@ -204,7 +206,7 @@ class Trainer:
         self.first_bad = torch.zeros((), dtype=torch.long, device=self.device)  # the first non-finite step, or 0
 
     def run(self, steps: int) -> Iterator[TrainStep]:
-        """Make this many more optimiser steps, and yield after each.
+        """Make this many more optimiser steps, and yield after each: no step is made before the loop asks for it.
 
         Raises:
             NonFiniteError: a loss or gradient was NaN or infinite, and ``nonfinite`` is 'stop'.
@@ -309,7 +311,10 @@ class Trainer:
         t = torch.randint(1, self.denoiser.schedule.T + 1, (size,), device=self.device)
         eps = torch.randn_like(x0)
         if self.options["flip"]:
-            x0 = torch.where(torch.rand(size, 1, 1, 1, device=self.device) < 0.5, x0.flip(3), x0)
+            mirrored = torch.rand(size, 1, 1, 1, device=self.device) < 0.5
+            x0 = torch.where(mirrored, x0.flip(3), x0)
+            if condition is not None and condition.ndim == 4:
+                condition = torch.where(mirrored, condition.flip(3), condition)
         if callable(self.conditions):
             condition = self.conditions(x0)
         return x0, t, eps, condition
@@ -393,6 +398,7 @@ class Trainer:
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
         self.scaler.load_state_dict({name: value.item() for name, value in parts["scaler"].items()})
         self.step = step
+        self.first_bad.zero_()
 
 
 @contextmanager
@@ -411,7 +417,7 @@ def flushed_denormals() -> Iterator[None]:
 
 @contextmanager
 def keyed_randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Random numbers that depend on (seed, step) alone; the caller's own stream is left as it was."""
+    """Random numbers that depend on (seed, step) alone; the caller's own, on CPU and device, are left as they were."""
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         _seed_everything(seed, step)
@@ -448,6 +454,8 @@ def _fingerprint(images: Tensor, conditions: Tensor | Callable | None) -> str:
     if isinstance(conditions, Tensor):
         conditions = conditions if conditions.is_floating_point() else conditions.long()
         digest.update(conditions.cpu().contiguous().numpy())
+    elif conditions is not None:
+        digest.update(conditions(as_floats(images[:1])).cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -458,9 +466,17 @@ def _order(seed: int, epoch: int, total: int) -> np.ndarray:
 
 def _check_conditions(denoiser: Denoiser, images: Tensor, conditions: Tensor | Callable | None) -> None:
     config = getattr(denoiser.network, "config", {})
-    if conditions is None or callable(conditions) or config.get("image_channels"):
+    if conditions is None or callable(conditions):
         return
-    if "encoder" in config:
+    if config.get("image_channels"):
+        if not conditions.is_floating_point() or conditions.ndim != 4 or len(conditions) != len(images):
+            raise ValueError(
+                f"the images beside the images must be floats of shape ({len(images)}, channels, H, W); "
+                f"got {conditions.dtype} of shape {tuple(conditions.shape)}."
+            )
+        if not conditions.isfinite().all():
+            raise ValueError("the images beside the images must be finite; got nan or inf.")
+    elif "encoder" in config:
         if conditions.ndim != 2 or len(conditions) != len(images) or conditions.is_floating_point():
             raise ValueError(
                 f"captions must come as tokens, whole numbers of shape ({len(images)}, length): "
@@ -491,6 +507,7 @@ def _mixed_precision(precision: str, device: torch.device) -> tuple[torch.autoca
 
 
 def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16, and does not only emulate it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

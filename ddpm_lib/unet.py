@@ -187,7 +187,7 @@ class UNet(nn.Module):
         """Output of the shape of x.
 
         Args:
-            x: images, (B, in_channels, H, W), H and W divisible by 2 ** (levels - 1).
+            x: images, (B, in_channels, H, W), H and W divisible by patch_size * 2 ** (levels - 1).
             steps: (B,), counted from 0 (the Denoiser passes t - 1).
             condition: what to draw. For a network with classes, (B,) whole numbers in 0..classes, where ``classes``
                 stands for "no label", as does None; with text_channels, (B, words, text_channels); with image_channels,
@@ -236,7 +236,7 @@ class UNet(nn.Module):
                 f"label must hold one whole number per image, shape ({x.shape[0]},); "
                 f"got {label.dtype} of shape {tuple(label.shape)}."
             )
-        elif label.device.type == "cpu" and not 0 <= int(label.min()) <= int(label.max()) <= classes:
+        elif label.device.type == "cpu" and len(label) and not 0 <= int(label.min()) <= int(label.max()) <= classes:
             wrong = [int(c) for c in label if not 0 <= c <= classes]
             raise ValueError(f"labels must lie in 0..{classes} ({classes} for no label); got {wrong[0]}.")
         return self.label(label)
@@ -288,6 +288,14 @@ class TimeEmbedding(nn.Module):
         angle = steps[:, None] * self.frequency
         waves = torch.cat([angle.sin(), angle.cos()], dim=1).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(waves)))
+
+    def _apply(self, *arguments, **options) -> TimeEmbedding:
+        """As every module; but ``half()`` leaves the frequencies exact, for angles would be off by radians."""
+        exact = self.frequency
+        super()._apply(*arguments, **options)
+        if self.frequency.element_size() < 4:
+            self.frequency = exact.to(self.frequency.device)
+        return self
 
 
 class Stage(nn.Module):

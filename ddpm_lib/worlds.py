@@ -17,7 +17,8 @@ class GaussianMixture:
     Args:
         weights: (K,), positive; they are scaled to sum to 1.
         means: (K, d).
-        covariances: (K, d, d), or (K,) variances of round components; zero variance (a point) is allowed for data.
+        covariances: (K, d, d), or (K,) variances of round components; zero variance (a point) is allowed for data:
+            it can be drawn, noised and denoised, but has no density and no score.
     """
 
     def __init__(self, weights, means, covariances):

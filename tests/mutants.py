@@ -122,8 +122,8 @@ MUTANTS = {
     # prediction.py
     "t off by one in the denoiser": Mutant(
         "prediction.py",
-        "self.network(x_t, steps - 1) if",
-        "self.network(x_t, steps) if",
+        "self.network(x_t, steps - 1, *told)",
+        "self.network(x_t, steps, *told)",
         "prediction",
         "the paper's weights count steps from 0",
     ),
@@ -237,7 +237,59 @@ MUTANTS = {
         "a well-known reimplementation clips to no effect",
     ),
     "dropout while sampling": Mutant(
-        "sampling.py", "denoiser.eval()", "pass", "sampling", "samples from a mutilated network"
+        "sampling.py", "part.training = False", "pass", "sampling", "samples from a mutilated network"
+    ),
+    "modes not given back": Mutant(
+        "sampling.py", "part.training = True", "pass", "sampling", "training goes on without dropout"
+    ),
+    "dropout while repaint walks": Mutant(
+        "inverse.py",
+        "with torch.no_grad(), _evaluating(denoiser):",
+        "with torch.no_grad():",
+        "inverse",
+        "samples from a mutilated network",
+    ),
+    "dropout while the bound is taken": Mutant(
+        "bound.py",
+        "with torch.no_grad(), _evaluating(denoiser):",
+        "with torch.no_grad():",
+        "bound",
+        "the bound of a mutilated network",
+    ),
+    "a weight for each column": Mutant(
+        "guidance.py",
+        "weight.ndim not in (0, x_t.ndim)",
+        "weight.ndim > x_t.ndim",
+        "guidance",
+        "eight weights for eight samples guide the eight columns of each",
+    ),
+    "the image beside not mirrored": Mutant(
+        "training.py",
+        "condition = torch.where(mirrored, condition.flip(3), condition)",
+        "pass",
+        "training",
+        "half of the pairs do not belong together",
+    ),
+    "noise in the order of another memory": Mutant(
+        "training.py",
+        "images.contiguous().to(self.device)",
+        "images.to(self.device)",
+        "training",
+        "the same images give another run",
+    ),
+    "another view of the images": Mutant(
+        "training.py",
+        "digest.update(conditions(as_floats(images[:1])).cpu().contiguous().numpy())",
+        "pass",
+        "training",
+        "a run goes on with other conditions",
+    ),
+    "rounded frequencies": Mutant(
+        "unet.py",
+        "self.frequency.element_size() < 4",
+        "False",
+        "unet",
+        "in half precision angles are off by radians",
     ),
     # unet.py
     "cosines before sines": Mutant(
@@ -730,8 +782,8 @@ MUTANTS = {
     ),
     "classifier's gradient taken for noise": Mutant(
         "guidance.py",
-        "self.weight * noise * gradient",
-        "self.weight * gradient",
+        "weight_at(self.weight, x_t, t) * noise * gradient",
+        "weight_at(self.weight, x_t, t) * gradient",
         "guidance",
         "a score is eps over the deviation of the noise",
     ),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny_models import tiny_denoiser
 from torch.distributions import Independent, Normal, kl_divergence
 
 from ddpm_lib import GaussianMixture, Schedule, bound_terms
@@ -86,3 +87,16 @@ def test_the_prior_costs_what_the_paper_says():
 def test_an_unknown_variance_is_named():
     with pytest.raises(ValueError, match="'learned'"):
         bound_terms(WORLD.denoiser(Schedule.linear(30)), draws(2)[0], variance="learned")
+
+
+def test_dropout_is_off_while_the_bound_is_taken():
+    denoiser = tiny_denoiser(dropout=0.5).train()
+    first, again = (
+        bound_terms(denoiser, torch.zeros(2, 1, 4, 4), generator=torch.Generator().manual_seed(0)) for _ in range(2)
+    )
+    assert torch.equal(first, again)
+    assert denoiser.network.training
+
+
+def test_the_terms_of_no_data_are_none():
+    assert bound_terms(tiny_denoiser(), torch.zeros(0, 1, 4, 4)).shape == (31, 0)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_models import tiny_denoiser
 
 from ddpm_lib import Schedule, load_denoiser, pretrained, run, save_denoiser
-from ddpm_lib.__main__ import load_model, main
+from ddpm_lib.__main__ import main
 from ddpm_lib.degradation import GIVEN
 from ddpm_lib.interop import diffusers_sampling, from_diffusers, to_diffusers
 from ddpm_lib.names import names
@@ -126,6 +127,12 @@ def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_can_be_costed(name, data, tmp_path, capsys):
+    assert "hours for" in said(capsys, *arguments_for(name, data, tmp_path / "run", 1), "--dry-run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """One network in every form that a MODEL argument may have."""
@@ -145,7 +152,7 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("form", ["run", "ours.safetensors", "diffusers", "released.safetensors", "released.ckpt"])
 def test_a_model_is_taken_in_every_form(models, form, tmp_path, capsys):
     folder, denoiser = models
-    found = load_model(str(folder / form))
+    found = run.load_model(str(folder / form))
     x = torch.randn(2, 1, 16, 16)
     with torch.no_grad():
         assert torch.equal(found(x, 500).eps, denoiser.eval()(x, 500).eps)
@@ -153,6 +160,24 @@ def test_a_model_is_taken_in_every_form(models, form, tmp_path, capsys):
     said(capsys, "sample", folder / form, "--out", tmp_path / "sheet.png", "--number", 1, "--steps", 1)
     said(capsys, "export", folder / form, tmp_path / "again.safetensors")
     assert torch.equal(load_denoiser(tmp_path / "again.safetensors").network.stem.bias, denoiser.network.stem.bias)
+
+
+@pytest.mark.parametrize("form", ["ours.safetensors", "diffusers", "released.ckpt"])
+def test_a_run_starts_from_the_weights_of_a_model_in_every_form(models, form):
+    folder, denoiser = models
+    recipe = Recipe.load("digits")
+    options = {"image_size": 16, "base_channels": 32, "groups": 32, "channel_multipliers": (1,), "classes": None}
+    network = replace(recipe.network, **options, attention_resolutions=(16,), blocks_per_level=1, dropout=0.0)
+    recipe = replace(
+        recipe,
+        network=network,
+        training=replace(recipe.training, weights_from=str(folder / form)),
+    )
+    images = torch.zeros(128, 1, 16, 16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "load_images", lambda *_, **__: (images, None))
+        trainer = run.build(recipe, torch.device("cpu"))
+    assert torch.equal(trainer.denoiser.network.stem.weight, denoiser.network.stem.weight)
 
 
 def test_export_says_how_the_pipeline_of_diffusers_samples(tmp_path, capsys):
@@ -199,6 +224,11 @@ def test_help_lists_every_form_of_a_model(command, capsys):
         (["export", "digits", "model.txt"], "NAME.onnx, NAME.safetensors or a folder; got model.txt"),
         (["train", "missing.toml"], "no recipe 'missing.toml'"),
         (["train", "image-folder", "--device", "cpu"], "image-folder needs root"),
+        (["train", "digits", "--dry-run", "--snr-scale", "0.5"], "snr_scale belongs to the cosine schedule"),
+        (["sample", "digits", "--caption", "a red circle"], "this model is told no caption: leave --caption out"),
+        (["sample", "scenes", "--label", "3"], "this model is told no label: leave --label out"),
+        (["sample", "digits", "--image", "any.png"], "this model is told no image: leave --image out"),
+        (["sample", "digits", "--given", "grey"], "this model is told no given: leave --given out"),
     ],
 )
 def test_a_mistake_is_one_line_and_no_traceback(arguments, complaint):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from tiny_models import tiny_denoiser
 from torch import nn
 
 from ddpm_lib import (
@@ -450,3 +451,17 @@ def test_windows_average_where_they_overlap():
 def test_wrong_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_dropout_is_off_while_repaint_walks():
+    denoiser = tiny_denoiser(dropout=0.5).train()
+    options = {"x_T": torch.randn(2, 1, 4, 4), "steps": 4, "jump": 2, "eta": 0.0, "clip": False}
+    assert torch.equal(*(repaint(denoiser, **options, generator=seeded(0)) for _ in range(2)))
+    assert denoiser.network.training
+
+
+def test_a_ridge_for_each_image_is_its_own():
+    y, ridge = torch.randn(2, 1, 6, 6), torch.tensor([0.01, 1.0]).view(2, 1, 1, 1)
+    for degradation in (Blur(1.0), Downsample(2)):
+        alone = [degradation.pseudo_inverse(y[i : i + 1], float(ridge[i])) for i in range(2)]
+        torch.testing.assert_close(degradation.pseudo_inverse(y, ridge), torch.cat(alone))

@@ -368,3 +368,44 @@ def test_noise_after_the_last_step_would_be_seen(walked, generator):
     noise = torch.randn(walked.shape, dtype=torch.float64, generator=generator)
     assert abs(z_score(walked)) < 4
     assert z_score(walked + math.sqrt(1 - product(Schedule.linear(1000), 0, 20)) * noise) < -4
+
+
+def test_dropout_is_off_in_every_part_and_each_part_gets_its_own_mode_back():
+    inner = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 16), nn.Unflatten(1, (1, 4, 4)))
+    network = Told(inner)
+    denoiser = Denoiser(network, Schedule.linear(30))
+    denoiser.eval()
+    inner.train()  # as a trainer does with what a wrapper holds
+    x_T = torch.randn(2, 1, 4, 4)
+    assert torch.equal(*(sample(denoiser, x_T=x_T, steps=5, eta=0.0) for _ in range(2)))
+    assert (denoiser.training, network.training, inner.training) == (False, False, True)
+
+
+class Told(nn.Module):
+    """A network that is told the step and does not mind it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, steps):
+        return self.inner(x)
+
+
+def test_a_shape_that_contradicts_the_start_is_refused():
+    with pytest.raises(ValueError, match=r"shape is \(16, 1, 4, 4\), but x_T has the shape \(4, 1, 4, 4\)"):
+        sample(tiny_denoiser(), (16, 1, 4, 4), x_T=torch.randn(4, 1, 4, 4))
+
+
+def test_an_empty_batch_is_an_empty_batch():
+    assert sample(tiny_denoiser(classes=3), (0, 1, 4, 4), steps=2, condition=torch.arange(0)).shape == (0, 1, 4, 4)
+
+
+def test_after_a_walk_in_inference_mode_gradients_can_be_taken():
+    denoiser = tiny_denoiser().eval()
+    x_t = torch.randn(2, 1, 4, 4)
+    with torch.inference_mode():
+        sample(denoiser, x_T=x_t, steps=2)
+    x = x_t.clone().requires_grad_()
+    denoiser(x, 20).x0.sum().backward()
+    assert x.grad.isfinite().all()

@@ -195,6 +195,7 @@ def test_a_function_makes_the_images_beside_from_those_of_the_batch():
 
     model = Denoiser(unet(image_channels=1), Schedule.linear(50))
     trainer = Trainer(model, torch.rand(4, 3, 8, 8), grey, batch_size=4, flip=True)
+    seen.clear()  # of the look at the first image by which a resumed run knows its conditions
     list(trainer.run(2))
     assert [tuple(x0.shape) for x0 in seen] == [(4, 3, 8, 8)] * 2
 
@@ -249,6 +250,15 @@ def test_an_encoder_of_transformers_takes_the_place_of_ours(folder, name, tmp_pa
 
     with safe_open(path, "pt") as file:
         assert not any(key.startswith("encoder") for key in file.keys())
+
+
+def test_an_encoder_stored_in_half_precision_gives_the_unet_floats(folder, tmp_path):
+    from transformers import AutoTokenizer, BertModel
+
+    BertModel.from_pretrained(folder / "bert").half().save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(folder / "bert").save_pretrained(tmp_path / "half")
+    reader = PretrainedEncoder(tmp_path / "half", length=8)
+    assert reader(reader.tokenise(CAPTIONS)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["clip", "t5", "bert"])

@@ -609,3 +609,65 @@ def test_a_compiled_channels_last_run_is_the_eager_one_up_to_rounding():
     torch.testing.assert_close(losses, eager_losses, rtol=1e-4, atol=1e-6)
     for a, b in zip(compiled, eager):
         assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6
+
+
+# Images beside the images
+
+
+def beside(conditions, flip=False) -> Trainer:
+    denoiser = tiny_denoiser(image_channels=1)
+    return Trainer(denoiser, tiny_images(), conditions, **SETTINGS | {"batch_size": 8}, flip=flip)
+
+
+def test_what_an_image_is_shown_beside_is_mirrored_with_it():
+    x0, _, _, condition = beside(tiny_images(), flip=True)._batch()
+    assert torch.equal(x0, condition)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "complaint"),
+    [
+        (tiny_images()[:5], r"floats of shape \(10, channels, H, W\); got torch.float32 of shape \(5, 1, 4, 4\)"),
+        (torch.zeros(10, 1, 4, 4, dtype=torch.uint8), "floats of shape"),
+        (torch.full((10, 1, 4, 4), math.nan), "finite"),
+    ],
+)
+def test_images_beside_that_do_not_fit_are_refused(conditions, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        beside(conditions)
+
+
+def test_resuming_with_another_view_of_the_images_is_refused(tmp_path):
+    first = beside(lambda x: x)
+    run(first, 1)
+    first.save(tmp_path / "run.safetensors")
+    again = beside(lambda x: x)
+    again.resume(tmp_path / "run.safetensors")
+    assert again.step == 1
+    with pytest.raises(CheckpointError, match="data_sha256"):
+        beside(lambda x: x.flip(3)).resume(tmp_path / "run.safetensors")
+
+
+def test_a_run_does_not_depend_on_how_the_images_lie_in_memory():
+    images = tiny_images().repeat(1, 3, 1, 1) * torch.tensor([1.0, 0.5, 0.2]).view(3, 1, 1)
+    other = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    losses = [
+        [log.loss for log in run(Trainer(tiny_denoiser(in_channels=3), x, **SETTINGS), 2)] for x in (images, other)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_labels_are_whole_numbers_of_any_kind(dtype):
+    labels = (torch.arange(10) % 3).to(dtype)
+    one = Trainer(tiny_denoiser(classes=3), tiny_images(), labels, **SETTINGS)
+    assert run(one, 1)[0].loss == run(trainer(labels=True), 1)[0].loss
+
+
+def test_resuming_forgets_a_number_that_was_not_finite(tmp_path):
+    one = trainer()
+    run(one, 1)
+    one.save(tmp_path / "run.safetensors")
+    one.first_bad.fill_(1)
+    one.resume(tmp_path / "run.safetensors")
+    one.check_finite()

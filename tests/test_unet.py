@@ -316,3 +316,13 @@ def test_an_adaptive_norm_is_that_of_diffusers():
     theirs.load_state_dict(state)
     x, embedding = torch.randn(3, 4, 8, 8), torch.randn(3, 5)
     torch.testing.assert_close(ours(x, embedding), theirs(x, embedding))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_waves_of_the_step_stay_exact(dtype):
+    """Rounded frequencies would put the angles off by radians, and give many steps one embedding."""
+    embedding = TimeEmbedding(64, 8)
+    exact = embedding.frequency.clone()
+    assert torch.equal(embedding.to(dtype).frequency, exact)
+    assert embedding.linear_1.weight.dtype == embedding(torch.arange(3)).dtype == dtype
+    assert embedding.double().frequency.dtype == torch.float64
