@@ -57,8 +57,8 @@ def as_file(x: Tensor) -> Tensor:
 
 
 def shown(y: Tensor, side: int = 28) -> Tensor:
-    """What is seen, at the size of the images."""
-    return y if y.shape[-1] == side else enlarge(y, side // y.shape[-1]).clamp(-1, 1)
+    """What is seen, at the size of the images: what the networks were trained on."""
+    return y if y.shape[-1] == side else enlarge(y, side // y.shape[-1])
 
 
 def linear_rule(A, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ def untrained(stored: dict, x: Tensor, training: Tensor, judge: Judge, model) ->
         y = seen(A, x)
         K, k = linear_rule(A, training)
         linear = (y.double().flatten(1) @ K.T + k).float().view(1, *x.shape).clamp(-1, 1)
-        answers = {"real": x[None], "as seen": shown(y)[None], "linear": linear}
+        answers = {"real": x[None], "as seen": shown(y).clamp(-1, 1)[None], "linear": linear}
         for name in ("null space", "PiGDM"):
             answers[name] = draws(guided(name, model, A, y, variance), x, DRAWS[name])
         for name, found in answers.items():
