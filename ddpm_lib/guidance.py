@@ -61,15 +61,17 @@ class Guided(nn.Module):
 
 def weight_at(weight: Weight, x_t: Tensor, t: int | Tensor) -> float | Tensor:
     """A weight at x_t and t: a number, or a tensor with no dimension or with as many as x_t, so that it cannot
-    multiply along another one than it was meant for.
+    multiply along another one than it was meant for; of x_t's dtype and on its device.
     """
     weight = weight(x_t, t) if callable(weight) else weight
-    if isinstance(weight, Tensor) and weight.ndim not in (0, x_t.ndim):
+    if not isinstance(weight, Tensor):
+        return weight
+    if weight.ndim not in (0, x_t.ndim):
         raise ValueError(
             f"a weight for each sample must have as many dimensions as x_t, shape {(len(x_t), *[1] * (x_t.ndim - 1))}; "
             f"got {tuple(weight.shape)}."
         )
-    return weight
+    return weight.to(x_t)
 
 
 class ClassifierGuided(nn.Module):
@@ -118,7 +120,7 @@ def label_gradient(classifier: Callable[..., Tensor], x_t: Tensor, t: int | Tens
         x = x_t.detach().requires_grad_()
         logits = classifier(x, t)
         log_p = logits.log_softmax(1)
-        if label.device.type == "cpu" and not 0 <= int(label.min()) <= int(label.max()) < log_p.shape[1]:
+        if label.device.type == "cpu" and len(label) and not 0 <= int(label.min()) <= int(label.max()) < log_p.shape[1]:
             raise ValueError(f"labels must lie in 0..{log_p.shape[1] - 1}; got {label.tolist()}.")
         return torch.autograd.grad(log_p.gather(1, label[:, None]).sum(), x)[0]
 

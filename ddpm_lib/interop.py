@@ -386,9 +386,9 @@ def _find(folder: str | Path, name: str, *places: str) -> Path:
     for path in paths:
         if path.is_file():
             return path
+    hint = "" if Path(folder).is_dir() else " Models on the hub are not fetched: download the folder first."
     raise CheckpointError(
-        f"there is no {name} in {folder} or where else diffusers puts it ({', '.join(places)}). "
-        "Models on the hub are not fetched: download the folder first."
+        f"there is no {name} in {folder} or where else diffusers puts it ({', '.join(places)}).{hint}"
     )
 
 

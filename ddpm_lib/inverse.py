@@ -283,7 +283,7 @@ def repaint(
 
     Args:
         denoiser: one that has seen y: ``Replacement`` as in the paper, or any other of this module.
-        shape: of the samples; not needed when x_T is given.
+        shape: of the samples; not needed when x_T is given, which must have it.
         steps, jump, resamplings: of ``repaint_path``; the denoiser is asked about steps * resamplings times.
         eta, variance, clip, condition, generator: as in ``sample_steps``.
         x_T: the noise to start from; drawn if None.

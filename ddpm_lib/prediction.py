@@ -88,6 +88,8 @@ class Denoiser(nn.Module):
         """Prediction for x_t of shape (B, ...) at steps t in 1..T (an int, or integers of shape (B,))."""
         self.schedule.check(t)
         steps = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
-        told = () if condition is None else (condition.to(x_t.device),)
+        if isinstance(condition, Tensor):
+            condition = condition.to(x_t.device)
+        told = () if condition is None else (condition,)
         output = self.network(x_t, steps - 1, *told)
         return Prediction.of(self.predicts, output.to(x_t.dtype), x_t, steps, self.schedule)

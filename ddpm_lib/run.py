@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import plots
-from .checkpoint import CheckpointError, fit_state, load_denoiser, pretrained, write_file
+from .checkpoint import CheckpointError, fit_state, load_denoiser, pretrained, shipped_names, write_file
 from .data import as_floats, load_images
 from .degradation import GIVEN
 from .interop import from_diffusers
@@ -165,7 +165,7 @@ def load_model(name: str, device: str | torch.device = "cpu") -> Denoiser:
     path = Path(name)
     if (path / "checkpoints").is_dir():
         return load_run(path, device)
-    if path.is_dir():
+    if path.is_dir() and name not in shipped_names():
         return from_diffusers(path).to(device)
     if path.suffix in PICKLES or (path.suffix == ".safetensors" and is_port(path)):
         return from_pytorch_diffusion(path).to(device)

@@ -164,7 +164,7 @@ def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | Non
 def _evaluating(denoiser):
     """Dropout off, in every part of the denoiser, while it is asked."""
     parts = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
-    training = [part for part in parts if part.training]
+    training = [part for part in parts if getattr(part, "training", False)]  # frozen TorchScript has no mode
     for part in training:
         part.training = False
     try:

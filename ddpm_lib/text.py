@@ -121,7 +121,7 @@ class PretrainedEncoder(nn.Module):
         """Features (B, length, width) of tokens (B, length)."""
         padding, end = self.tokeniser.pad_token_id, self.tokeniser.eos_token_id
         mask = None if padding == end else (tokens != padding).long()  # CLIP fills up with its mark of the end
-        return self.unsaved[0].to(tokens.device)(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+        return self.unsaved[0].to(tokens.device)(input_ids=tokens, attention_mask=mask).last_hidden_state
 
 
 class TextUNet(nn.Module):
@@ -151,4 +151,4 @@ class TextUNet(nn.Module):
         """Output of the shape of x, for steps (B,) counted from 0 and tokens (B, length); None is the empty caption."""
         if condition is None:
             condition = self.nothing.to(x.device).expand(len(x), -1)
-        return self.unet(x, steps, self.encoder(condition))
+        return self.unet(x, steps, self.encoder(condition).to(x.dtype))

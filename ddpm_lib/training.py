@@ -74,7 +74,7 @@ class Trainer:
             to the device whole. (Floats in [0, 1], as torchvision's ToTensor gives them, want ``2 * images - 1``.)
         conditions: what each image shows, for a network that is told: labels (N,), tokens of captions (N, length), or
             images beside them (N, channels, H, W), floats, which ``flip`` mirrors with them; or a function that makes
-            images of the latter kind from the images (B, C, H, W) of a batch.
+            images of the latter kind from the images (B, C, H, W) of a batch (a resumed run knows it by its name).
         batch_size: images per step, over all processes.
         accumulate: parts in which a process works through its share of a batch, to save memory.
         optimiser: 'adam' or 'muon' (see ``Muon``).
@@ -175,11 +175,11 @@ class Trainer:
         }
         self.accumulate, self.nonfinite = accumulate, nonfinite
         self.device = torch.device(device)
+        if isinstance(conditions, Tensor):
+            conditions = conditions.float() if conditions.is_floating_point() else conditions.long()
         self.data_sha256 = _fingerprint(images, conditions)
         self.images = images.contiguous().to(self.device)  # noise is drawn in the order of memory
-        if isinstance(conditions, Tensor):
-            conditions = (conditions if conditions.is_floating_point() else conditions.long()).to(self.device)
-        self.conditions = conditions
+        self.conditions = conditions.to(self.device) if isinstance(conditions, Tensor) else conditions
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.denoiser = denoiser.to(self.device, memory_format=layout)
         self.ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
@@ -452,10 +452,9 @@ def _fingerprint(images: Tensor, conditions: Tensor | Callable | None) -> str:
     images = images if images.dtype == torch.uint8 else images.float()
     digest = hashlib.sha256(images.cpu().contiguous().numpy())
     if isinstance(conditions, Tensor):
-        conditions = conditions if conditions.is_floating_point() else conditions.long()
         digest.update(conditions.cpu().contiguous().numpy())
     elif conditions is not None:
-        digest.update(conditions(as_floats(images[:1])).cpu().contiguous().numpy())
+        digest.update(getattr(conditions, "__qualname__", type(conditions).__qualname__).encode())
     return digest.hexdigest()
 
 
@@ -469,9 +468,10 @@ def _check_conditions(denoiser: Denoiser, images: Tensor, conditions: Tensor | C
     if conditions is None or callable(conditions):
         return
     if config.get("image_channels"):
-        if not conditions.is_floating_point() or conditions.ndim != 4 or len(conditions) != len(images):
+        expected = (len(images), config["image_channels"], *images.shape[2:])
+        if not conditions.is_floating_point() or tuple(conditions.shape) != expected:
             raise ValueError(
-                f"the images beside the images must be floats of shape ({len(images)}, channels, H, W); "
+                f"the images beside the images must be floats of shape {expected}; "
                 f"got {conditions.dtype} of shape {tuple(conditions.shape)}."
             )
         if not conditions.isfinite().all():

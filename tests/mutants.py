@@ -279,7 +279,7 @@ MUTANTS = {
     ),
     "another view of the images": Mutant(
         "training.py",
-        "digest.update(conditions(as_floats(images[:1])).cpu().contiguous().numpy())",
+        'digest.update(getattr(conditions, "__qualname__", type(conditions).__qualname__).encode())',
         "pass",
         "training",
         "a run goes on with other conditions",

@@ -8,8 +8,10 @@ from torch import nn
 from torch.distributions import Normal
 
 from ddpm_lib import (
+    DPS,
     ClassifierGuided,
     Denoiser,
+    Downsample,
     GaussianMixture,
     Guided,
     Schedule,
@@ -209,13 +211,14 @@ def test_a_weight_that_would_multiply_along_a_side_of_the_image_is_refused(shape
         Guided(network().eval(), torch.rand(shape)),
         Guided(network().eval(), lambda x_t, t: torch.rand(shape)),
         ClassifierGuided(network().eval(), lambda x, t: x.flatten(1)[:, :3], torch.rand(shape)),
+        DPS(network().eval(), Downsample(2), torch.zeros(1, 1, 4, 4), torch.rand(shape)),
     ):
         with pytest.raises(ValueError, match=r"as many dimensions as x_t, shape \(3, 1, 1, 1\); got"):
             guided(x_t, 20, label)
 
 
 def test_a_weight_for_each_sample_guides_each_by_its_own():
-    x_t, label, weight = torch.randn(3, 1, 8, 8), torch.arange(3), torch.tensor([0.5, 1.0, 4.0])
+    x_t, label, weight = torch.randn(3, 1, 8, 8), torch.arange(3), torch.tensor([0.5, 1.0, 4.0]).double()
     together = Guided(network().eval(), weight.view(3, 1, 1, 1))(x_t, 20, label).x0
     alone = [Guided(network().eval(), float(w))(x_t[i : i + 1], 20, label[i : i + 1]).x0 for i, w in enumerate(weight)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
@@ -224,7 +227,6 @@ def test_a_weight_for_each_sample_guides_each_by_its_own():
 def test_a_wrapper_changes_the_mode_of_nothing_that_it_wraps():
     denoiser, classifier = network(), nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 3))
     denoiser.network.eval()
-    guided = ClassifierGuided(Guided(denoiser, 1.0), classifier.eval())
+    ClassifierGuided(Guided(denoiser, 1.0), classifier.eval())
     assert not denoiser.network.training
     assert not classifier.training
-    assert guided.denoiser.denoiser is denoiser

@@ -195,7 +195,6 @@ def test_a_function_makes_the_images_beside_from_those_of_the_batch():
 
     model = Denoiser(unet(image_channels=1), Schedule.linear(50))
     trainer = Trainer(model, torch.rand(4, 3, 8, 8), grey, batch_size=4, flip=True)
-    seen.clear()  # of the look at the first image by which a resumed run knows its conditions
     list(trainer.run(2))
     assert [tuple(x0.shape) for x0 in seen] == [(4, 3, 8, 8)] * 2
 
@@ -252,13 +251,17 @@ def test_an_encoder_of_transformers_takes_the_place_of_ours(folder, name, tmp_pa
         assert not any(key.startswith("encoder") for key in file.keys())
 
 
-def test_an_encoder_stored_in_half_precision_gives_the_unet_floats(folder, tmp_path):
+def test_the_unet_takes_the_features_of_an_encoder_in_half_precision_in_its_own(folder, tmp_path):
     from transformers import AutoTokenizer, BertModel
 
     BertModel.from_pretrained(folder / "bert").half().save_pretrained(tmp_path / "half")
     AutoTokenizer.from_pretrained(folder / "bert").save_pretrained(tmp_path / "half")
     reader = PretrainedEncoder(tmp_path / "half", length=8)
-    assert reader(reader.tokenise(CAPTIONS)).dtype == torch.float32
+    tokens, x = reader.tokenise(CAPTIONS), torch.randn(2, 3, 8, 8)
+    network = TextUNet(reader, unet(text_channels=16))
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        network.unet.to(dtype)
+        assert network(x.to(dtype), torch.tensor([3, 4]), tokens).dtype == dtype
 
 
 @pytest.mark.parametrize("name", ["clip", "t5", "bert"])

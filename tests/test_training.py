@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_lib import CheckpointError, Denoiser, Schedule, Trainer, UNet, best_device
 from ddpm_lib.checkpoint import read_checkpoint
+from ddpm_lib.degradation import blurred, coarse
 from ddpm_lib.training import NonFiniteError, keyed_randomness
 
 SETTINGS = {"batch_size": 4, "learning_rate": 1e-2, "warmup": 3, "precision": "float32"}
@@ -627,8 +628,9 @@ def test_what_an_image_is_shown_beside_is_mirrored_with_it():
 @pytest.mark.parametrize(
     ("conditions", "complaint"),
     [
-        (tiny_images()[:5], r"floats of shape \(10, channels, H, W\); got torch.float32 of shape \(5, 1, 4, 4\)"),
+        (tiny_images()[:5], r"floats of shape \(10, 1, 4, 4\); got torch.float32 of shape \(5, 1, 4, 4\)"),
         (torch.zeros(10, 1, 4, 4, dtype=torch.uint8), "floats of shape"),
+        (torch.zeros(10, 3, 4, 4), "floats of shape"),
         (torch.full((10, 1, 4, 4), math.nan), "finite"),
     ],
 )
@@ -638,14 +640,19 @@ def test_images_beside_that_do_not_fit_are_refused(conditions, complaint):
 
 
 def test_resuming_with_another_view_of_the_images_is_refused(tmp_path):
-    first = beside(lambda x: x)
+    first = beside(blurred)
     run(first, 1)
     first.save(tmp_path / "run.safetensors")
-    again = beside(lambda x: x)
+    again = beside(blurred)
     again.resume(tmp_path / "run.safetensors")
     assert again.step == 1
     with pytest.raises(CheckpointError, match="data_sha256"):
-        beside(lambda x: x.flip(3)).resume(tmp_path / "run.safetensors")
+        beside(coarse).resume(tmp_path / "run.safetensors")
+
+
+def test_images_beside_are_brought_to_the_precision_of_the_network():
+    losses = [run(beside(tiny_images().to(dtype)), 1)[0].loss for dtype in (torch.float32, torch.float64)]
+    assert losses[0] == losses[1]
 
 
 def test_a_run_does_not_depend_on_how_the_images_lie_in_memory():
