@@ -24,7 +24,6 @@ from .guidance import Guided
 from .interop import to_diffusers
 from .onnx import export_onnx
 from .recipe import Recipe, recipe_names
-from .run import load_model
 from .sampling import sample as draw_samples
 from .training import NonFiniteError
 
@@ -70,7 +69,7 @@ def sample(
         seed: of the noise.
         device: cpu, cuda or mps.
     """
-    denoiser = load_model(model, device)
+    denoiser = run.load_model(model, device)
     config = denoiser.network.config
     beside = config["image_channels"] is not None
     has = {"label": config["classes"] is not None, "caption": "encoder" in config, "image": beside, "given": beside}
@@ -135,7 +134,7 @@ def evaluate(
         out: write the figures to this JSON file, too.
     """
     walk = {"steps": steps, "eta": eta, "variance": variance, "weight": weight, "given": given}
-    denoiser = load_model(model, device)
+    denoiser = run.load_model(model, device)
     figures = measure(denoiser, dataset, root=root, number=number, seed=seed, inception=inception, **walk)
     for name, value in figures.items():
         print(f"{name:42} {value:.4f}")
@@ -165,13 +164,13 @@ def export(
     }
     if to.suffix not in writers:
         raise ValueError(f"export writes NAME.onnx, NAME.safetensors or a folder; got {to}.")
-    writers[to.suffix](load_model(model), to)
+    writers[to.suffix](run.load_model(model), to)
     print(to)
 
 
 def info(model: Model) -> None:
     """Say what a model is."""
-    denoiser = load_model(model)
+    denoiser = run.load_model(model)
     print(f"{'parameters':22} {sum(p.numel() for p in denoiser.parameters()):,}")
     print(f"{'predicts':22} {denoiser.predicts}")
     print(f"{'schedule':22} {denoiser.schedule}")

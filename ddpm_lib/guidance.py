@@ -115,14 +115,13 @@ def label_gradient(classifier: Callable[..., Tensor], x_t: Tensor, t: int | Tens
             f"labels must be one whole number per image, shape ({len(x_t)},); "
             f"got {label.dtype} of shape {tuple(label.shape)}."
         )
-    label = label.to(x_t.device)
     with torch.enable_grad():
         x = x_t.detach().requires_grad_()
         logits = classifier(x, t)
         log_p = logits.log_softmax(1)
         if label.device.type == "cpu" and len(label) and not 0 <= int(label.min()) <= int(label.max()) < log_p.shape[1]:
             raise ValueError(f"labels must lie in 0..{log_p.shape[1] - 1}; got {label.tolist()}.")
-        return torch.autograd.grad(log_p.gather(1, label[:, None]).sum(), x)[0]
+        return torch.autograd.grad(log_p.gather(1, label.to(x_t.device)[:, None]).sum(), x)[0]
 
 
 class NoisyClassifier(nn.Module):

@@ -89,6 +89,25 @@ class Mixture:
         return transition(self.world.denoiser(SCHEDULE)(x_t, t), t, s, SCHEDULE)[0][:, 0].numpy()
 
 
+@pytest.mark.equation("eq-sampling-mixture")
+@pytest.mark.parametrize("t", [1, 100, 400, 900])
+def test_the_best_denoiser_of_a_mixture_is_the_mean_by_bayes_rule(t):
+    """By summing over a grid of x_0, and the library's denoiser against the same."""
+    weights, means, variances = Mixture.weights, Mixture.means, Mixture.variances
+    x_t, x_0 = np.linspace(-2, 2, 9)[:, None], np.linspace(-3, 3, 20_001)
+    a, b = math.sqrt(ALPHA_BAR[t]), 1 - ALPHA_BAR[t]
+    prior = (weights / np.sqrt(variances) * np.exp(-((x_0[:, None] - means) ** 2) / 2 / variances)).sum(1)
+    exponent = -((x_t - a * x_0) ** 2) / 2 / b
+    joint = prior * np.exp(exponent - exponent.max(1, keepdims=True))
+    truth = (joint * x_0).sum(1) / joint.sum(1)
+    V_k = a**2 * variances + b
+    r = weights / np.sqrt(V_k) * np.exp(-((x_t - a * means) ** 2) / 2 / V_k)
+    r /= r.sum(1, keepdims=True)
+    by_formula = (r * (means + a * variances / V_k * (x_t - a * means))).sum(1)
+    assert np.abs(by_formula - truth).max() < 1e-6
+    assert np.abs(Mixture.world.denoiser(SCHEDULE)(torch.as_tensor(x_t), t).x0[:, 0].numpy() - truth).max() < 1e-6
+
+
 @pytest.mark.equation("eq-sampling-step")
 @pytest.mark.parametrize("t", [1000, 500, 2, 1])
 def test_the_step_has_the_mean_of_the_reverse_law_and_fresh_noise(t):
